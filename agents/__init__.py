@@ -1,0 +1,32 @@
+"""Agents: one file per algorithm, the loop that drives them, and the commands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["AGENTS", "DQN", "load", "train"]
+
+# name -> module and class; a table of names, so that listing the choices imports no torch
+AGENTS = {"dqn": ("agents.dqn", "DQN")}
+
+
+def load(name: str) -> Any:
+    """The agent class of that name; `UserError` with the nearest match if there is none."""
+    from importlib import import_module
+
+    from runs.config import pick
+
+    module, attribute = pick("agent", name, AGENTS)
+    return getattr(import_module(module), attribute)
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch only when an agent is asked for."""
+    if name == "train":
+        from agents.train import train
+
+        return train
+    for key, (_, attribute) in AGENTS.items():
+        if name == attribute:
+            return load(key)
+    raise AttributeError(f"module 'agents' has no attribute {name!r}")

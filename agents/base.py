@@ -1,0 +1,96 @@
+"""What every agent offers, and the schedules they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from gymnasium import spaces
+from torch import Tensor
+
+from backbones.compute import Compute
+from replay import Batch, Decision, Update
+
+State = tuple[Any, ...]
+
+
+class Agent(Protocol):
+    """A learner that acts. N environments, B samples; observations are numpy arrays, batches are tensors."""
+
+    name: str
+    config: Any
+    backbone: Any
+    net: dict[str, Any]
+    updates: int  # gradient steps so far
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that are learned."""
+        ...
+
+    def build(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        compute: Compute,
+        seed: np.random.SeedSequence,
+        say: Callable[[str], None],
+    ) -> None:
+        """Make the networks for these spaces; raises UserError if the agent cannot drive them."""
+        ...
+
+    def initial(self, n: int) -> State:
+        """The memory of `n` environments before their first observation; () without memory."""
+        ...
+
+    def act(self, obs: Any, first: np.ndarray, state: State, step: int) -> Decision:
+        """Explore: obs (N, *S), first (N,) -> actions (N, *A)."""
+        ...
+
+    def greedy(self, obs: Any, first: np.ndarray, state: State) -> Decision:
+        """Do not explore."""
+        ...
+
+    def values(self, obs: Any) -> np.ndarray:
+        """What the agent expects: action values (N, A) or state values (N, 1), of obs (N, *S)."""
+        ...
+
+    def exploration(self, step: int) -> float:
+        """How much the agent explores at a step (epsilon), for the logs."""
+        ...
+
+    def update(self, batch: Batch) -> Update:
+        """One gradient step."""
+        ...
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Groups of tensors (`weights`, `optimizer`, ...) and of plain numbers (`counters`), ready to be saved."""
+        ...
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """Take back what `state_dict` gave."""
+        ...
+
+
+def linear(start: float, end: float, steps: int, step: int) -> float:
+    """A straight line from `start` at step 0 to `end` at `steps`, constant after."""
+    return end if step >= steps else start + (end - start) * step / steps
+
+
+def due(every: int, before: int, now: int) -> int:
+    """How many multiples of `every` lie in (before, now]; the same in total for any number of environments."""
+    return now // every - before // every
+
+
+def flat_state(state: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """An optimiser's nested state with one tensor a name, as safetensors stores it."""
+    import torch
+
+    flat: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            flat |= flat_state(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = torch.as_tensor(value)
+    return flat

@@ -1,0 +1,234 @@
+"""Deep Q-learning with fixed targets.
+
+    y = R + discount * Q'(s_k, a*)        a* = argmax_a Q(s_k, a) if double, else argmax_a Q'(s_k, a)
+    L = mean_B w * h(y - Q(s, a))         h = Huber with delta 1, or half the square
+
+R is the n-step return and discount = gamma^k (1 - terminated), both made by the replay; Q' is a copy of Q that
+follows it every `target_every` updates (or by a fraction `tau` of the way).
+
+Source: Mnih et al. 2015, Nature 518, algorithm 1; double: van Hasselt et al. 2016, arXiv 1509.06461, eq. 4; n-step:
+Sutton and Barto 2018, eq. 7.1.
+
+Deviations: (1) Adam instead of RMSProp; (2) double by default; (3) the gradient's norm is clipped, and with
+`loss=huber` the error as well; (4) `train_every` and `updates` count agent steps over all environments, so the
+number of samples learned per step does not depend on the number of environments.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium import spaces
+from torch import Tensor, nn
+
+import backbones
+from agents.base import State, flat_state, linear
+from agents.heads import QHead
+from backbones.base import Backbone
+from backbones.compute import Compute, guarded_compile
+from replay import Batch, Decision, Update
+from runs.config import Knob, UserError, check
+
+
+@dataclass(frozen=True)
+class Config:
+    """The knobs of DQN; steps are agent decisions over all environments."""
+
+    lr: Annotated[float, Knob("Adam step size", above=0)] = 1e-4
+    gamma: Annotated[float, Knob("discount of one step", low=0, high=1)] = 0.99
+    batch: Annotated[int, Knob("samples of one update", low=1)] = 32
+    train_every: Annotated[int, Knob("steps between rounds of updates", low=1)] = 4
+    updates: Annotated[int, Knob("updates of one round", low=1)] = 1
+    learning_starts: Annotated[int, Knob("random steps before the first update", low=1)] = 10_000
+    capacity: Annotated[int, Knob("steps the replay holds", low=1)] = 100_000
+    n_step: Annotated[int, Knob("rewards summed before bootstrapping", low=1, high=100)] = 1
+    double: Annotated[bool, Knob("the online net picks the next action")] = True
+    target_every: Annotated[int, Knob("updates between copies to the target net", low=1)] = 1_000
+    tau: Annotated[float, Knob("part of the way the target moves at a copy", above=0, high=1)] = 1.0
+    loss: Annotated[str, Knob("of the TD error", choices=("huber", "squared"))] = "huber"
+    max_grad_norm: Annotated[float, Knob("gradients are scaled down to this norm", above=0)] = 10.0
+    adam_eps: Annotated[float, Knob("Adam epsilon", above=0)] = 1e-8
+    epsilon_start: Annotated[float, Knob("share of random actions at first", low=0, high=1)] = 1.0
+    epsilon_end: Annotated[float, Knob("share of random actions in the end", low=0, high=1)] = 0.05
+    epsilon_steps: Annotated[int, Knob("steps from the first to the last epsilon", low=1)] = 50_000
+    clip_reward: Annotated[bool, Knob("learn from the sign of rewards")] = False
+
+    def __post_init__(self) -> None:
+        """Raises: UserError for a value out of range."""
+        check(Config, vars(self))
+
+
+def q_target(reward: Tensor, discount: Tensor, next_q: Tensor, select_q: Tensor) -> Tensor:
+    """y = R + discount * next_q[argmax select_q].
+
+    Shapes: reward, discount (B,); next_q from the target net and select_q (B, A) -> (B,), without gradient.
+    Source: van Hasselt et al. 2016, eq. 4 (select_q from the online net); Mnih et al. 2015 (select_q = next_q).
+    """
+    best = select_q.argmax(dim=1, keepdim=True)  # (B, 1)
+    return (reward + discount * next_q.gather(1, best).squeeze(1)).detach()  # (B,)
+
+
+def td_loss(q: Tensor, action: Tensor, target: Tensor, weight: Tensor, huber: bool) -> tuple[Tensor, Tensor]:
+    """The weighted mean loss (), and the TD error y - Q(s, a) (B,) without gradient.
+
+    Shapes: q (B, A); action (B,) in [0, A); target, weight (B,).
+    """
+    chosen = q.gather(1, action.unsqueeze(1)).squeeze(1)  # (B,)
+    error = F.smooth_l1_loss(chosen, target, reduction="none") if huber else 0.5 * (target - chosen) ** 2
+    return (weight * error).mean(), (target - chosen).detach()
+
+
+def epsilon(config: Config, step: int) -> float:
+    """1 before learning starts, then the line from epsilon_start to epsilon_end."""
+    if step < config.learning_starts:
+        return 1.0
+    return linear(config.epsilon_start, config.epsilon_end, config.epsilon_steps, step)
+
+
+class QNet(nn.Module):
+    """A backbone with a Q head: obs (B, *S) -> q (B, A)."""
+
+    def __init__(self, backbone: Backbone, actions: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = QHead(backbone.features, actions)
+
+    def forward(self, obs: Any) -> Tensor:
+        """Values of all actions."""
+        return self.head(self.backbone(obs)[0])
+
+
+class DQN:
+    """The agent; `build` gives it networks, then it can act and learn."""
+
+    name = "dqn"
+    Config = Config
+
+    def __init__(
+        self, config: Config | None = None, *, backbone: str | Backbone = "", net: dict[str, Any] | None = None, **knobs: Any
+    ) -> None:
+        """A DQN with `config`, or with the default changed by `knobs`, on a backbone and that backbone's knobs.
+
+        Raises: UserError for an unknown knob or a value out of range.
+        """
+        check(Config, knobs)
+        self.config = replace(config or Config(), **knobs)
+        self.backbone, self.net = backbone, net or {}
+        self.updates = 0
+
+    def build(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        compute: Compute,
+        seed: np.random.SeedSequence,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """Make online and target nets and the optimiser; see `Agent.build`."""
+        if not isinstance(action_space, spaces.Discrete):
+            raise UserError(f"dqn drives Discrete actions, this environment has {action_space}; no agent for it is here yet")
+        self.compute = compute
+        self.actions, self._start = int(action_space.n), int(action_space.start)
+        weights, exploration = seed.spawn(2)
+        self._rng = np.random.default_rng(exploration)
+        with torch.random.fork_rng(devices=[]):  # torch's initialisers take no generator
+            torch.manual_seed(int(weights.generate_state(1, np.uint64)[0] >> 1))
+            backbone = backbones.build(self.backbone or backbones.default(observation_space), observation_space, **self.net)
+            self.online = QNet(backbone, self.actions).to(compute.device)
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.optimizer = torch.optim.Adam(
+            self.online.parameters(), lr=self.config.lr, eps=self.config.adam_eps, fused=True
+        )
+        self._loss = guarded_compile(self.loss, say) if compute.compile else self.loss
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the online net."""
+        return sum(parameter.numel() for parameter in self.online.parameters())
+
+    def initial(self, n: int) -> State:
+        """See `Agent.initial`."""
+        return self.online.backbone.initial(n)
+
+    def act(self, obs: Any, first: np.ndarray, state: State, step: int) -> Decision:
+        """Epsilon-greedy; every environment draws for itself."""
+        explore = self._rng.random(len(first)) < epsilon(self.config, step)
+        random = self._rng.integers(self.actions, size=len(first))
+        if explore.all():
+            return Decision(random + self._start, state)
+        decision = self.greedy(obs, first, state)
+        return Decision(np.where(explore, random + self._start, decision.action), decision.state)
+
+    def exploration(self, step: int) -> float:
+        """See `Agent.exploration`."""
+        return epsilon(self.config, step)
+
+    def greedy(self, obs: Any, first: np.ndarray, state: State) -> Decision:
+        """The actions of highest value."""
+        return Decision(self.values(obs).argmax(axis=1) + self._start, state)
+
+    def values(self, obs: Any) -> np.ndarray:
+        """Q(s, .) (N, A) of numpy observations (N, *S)."""
+        with torch.inference_mode(), self.compute.autocast():
+            return self.online(_to(obs, self.compute.device)).cpu().numpy()
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The loss (), metrics, and the TD error (B,); pure but for reading the nets, so that it compiles."""
+        reward = batch.reward.sign() if self.config.clip_reward else batch.reward
+        with self.compute.autocast():
+            with torch.no_grad():
+                next_q = self.target(batch.next_obs)
+                select_q = self.online(batch.next_obs) if self.config.double else next_q
+                target = q_target(reward, batch.discount, next_q, select_q)
+            q = self.online(batch.obs)
+        loss, error = td_loss(q, batch.action - self._start, target, batch.weight, self.config.loss == "huber")
+        metrics = {"loss/td": loss.detach(), "q/mean": q.detach().mean(), "q/target": target.mean()}
+        return loss, metrics, error
+
+    def update(self, batch: Batch) -> Update:
+        """One step of Adam on `loss`; the target net follows when it is due."""
+        batch = Batch(*(_to(part, self.compute.device) for part in batch))
+        loss, metrics, error = self._loss(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.online.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.updates += 1
+        if self.updates % self.config.target_every == 0:
+            online, target = list(self.online.parameters()), list(self.target.parameters())
+            torch._foreach_lerp_(target, online, self.config.tau)
+        return Update(metrics | {"train/grad_norm": norm}, error.abs())
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """See `Agent.state_dict`."""
+        return {
+            "weights": dict(self.online.state_dict()),
+            "target": dict(self.target.state_dict()),
+            "optimizer": flat_state(self.optimizer.state_dict()["state"]),
+            "counters": {"updates": self.updates, "exploration": self._rng.bit_generator.state},
+        }
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """See `Agent.load_state_dict`."""
+        self.online.load_state_dict(state["weights"])
+        self.target.load_state_dict(state["target"])
+        saved: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in state["optimizer"].items():
+            number, _, key = name.partition(".")
+            saved.setdefault(int(number), {})[key] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": saved})
+        self.updates = state["counters"]["updates"]
+        self._rng.bit_generator.state = state["counters"]["exploration"]
+
+
+def _to(part: Any, device: str) -> Any:
+    """Arrays and tensors (or dicts of them) on the device, without a copy on the CPU."""
+    if isinstance(part, dict):
+        return {name: _to(leaf, device) for name, leaf in part.items()}
+    return torch.as_tensor(part).to(device, non_blocking=True)

@@ -1,0 +1,35 @@
+"""The loop, with every arrow of the data flow; nothing here knows which agent, replay or environment it drives.
+
+    envs --Transition--> replay --Batch--> agent.update --metrics--> watch --> runs/<run>/
+      ^                                        |
+      +-------- weights (agent.act) -----------+
+"""
+
+from __future__ import annotations
+
+from agents.base import Agent, due
+from agents.watch import Watch
+from envs import Collector
+from replay import Ring, Update
+
+
+def off_policy(agent: Agent, collector: Collector, replay: Ring, watch: Watch, steps: int) -> int:
+    """Act, remember and learn for `steps` agent steps over all environments; return the steps taken.
+
+    Emulation starts before the updates of a step and ends after them, so that both run at once. The step under way is
+    therefore in the replay one step later, with or without overlap: results do not depend on it.
+    """
+    config, num_envs = agent.config, collector.env.num_envs
+    state, step = agent.initial(num_envs), 0
+    while step < steps and not watch.stopping:
+        decision = agent.act(collector.obs, collector.first, state, step)
+        state = decision.state
+        collector.send(decision.action)
+        before, step = step, step + num_envs
+        update: Update | None = None
+        if before >= config.learning_starts:
+            for _ in range(due(config.train_every, before, step) * config.updates):
+                update = agent.update(replay.sample(config.batch))
+        replay.add(collector.recv())
+        watch.after(before, step, collector.episodes, update)
+    return step

@@ -1,0 +1,100 @@
+"""Presets: what differs from the defaults for an agent in an environment, and where the numbers come from.
+
+The first preset of the agent whose pattern matches the environment's id applies, unless `--preset` says otherwise.
+A flag of the command line, or a key of `--config`, wins over the preset.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from typing import Any, NamedTuple
+
+from runs.config import pick
+
+
+class Preset(NamedTuple):
+    """Settings by flag name for every environment id that matches one of the patterns."""
+
+    agent: str
+    envs: tuple[str, ...]
+    settings: dict[str, Any]
+    why: str
+
+
+PRESETS = {
+    "pong": Preset(
+        "dqn",
+        ("ALE/Pong-v*", "Pong*-v*"),
+        dict(
+            steps=500_000,
+            num_envs=8,
+            size=42,
+            net="light",
+            norm=True,
+            lr=1e-3,
+            batch=128,
+            train_every=8,
+            updates=2,
+            learning_starts=5_000,
+            capacity=200_000,
+            n_step=5,
+            target_every=300,
+            adam_eps=1e-4,
+            epsilon_end=0.01,
+            epsilon_steps=50_000,
+            clip_reward=True,
+            eval_every=50_000,
+        ),
+        "found here, see agents/README.md",
+    ),
+    "nature": Preset(
+        "dqn",
+        ("ALE/*", "*NoFrameskip-v*"),
+        dict(
+            steps=10_000_000,
+            lr=1e-4,
+            batch=32,
+            train_every=4,
+            learning_starts=80_000,
+            capacity=1_000_000,
+            target_every=2_000,
+            adam_eps=1.5e-4,
+            epsilon_end=0.01,
+            epsilon_steps=250_000,
+            clip_reward=True,
+            eval_every=250_000,
+        ),
+        "Mnih et al. 2015 with the Adam step size and epsilon of later work",
+    ),
+    "cartpole": Preset(
+        "dqn",
+        ("CartPole-v*",),
+        dict(
+            steps=50_000,
+            lr=2.3e-3,
+            batch=64,
+            train_every=256,
+            updates=128,
+            learning_starts=1_000,
+            capacity=100_000,
+            target_every=128,
+            epsilon_end=0.04,
+            epsilon_steps=8_000,
+            hidden=(256, 256),
+            eval_every=5_000,
+        ),
+        "the settings that the peers' tuned zoo publishes for CartPole-v1",
+    ),
+}
+
+
+def choose(agent: str, env_id: str, name: str | None) -> tuple[str, dict[str, Any]]:
+    """The name and settings of a preset: the named one, none for "none", else the first that matches."""
+    if name == "none":
+        return "none", {}
+    if name is not None:
+        return name, pick("preset", name, PRESETS | {"none": Preset(agent, (), {}, "")}).settings
+    for key, preset in PRESETS.items():
+        if preset.agent == agent and any(fnmatch(env_id, pattern) for pattern in preset.envs):
+            return key, preset.settings
+    return "none", {}

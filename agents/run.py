@@ -1,0 +1,120 @@
+"""The command that trains.
+
+    python -m agents.run AGENT --env ID [--backbone NAME] [--steps N] [--seed S] [--num-envs N] [--device auto|cpu|cuda]
+                         [--run DIR] [--preset NAME] [--config FILE.json] [agent, backbone and environment flags]
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from agents import AGENTS
+from runs.config import Parser, UserError, pick, read_json
+
+USAGE = """usage: python -m agents.run AGENT --env ID [flags]
+
+Train an agent. AGENT is one of: {agents}.
+
+  python -m agents.run dqn --env ALE/Pong          its preset chosen by itself
+  python -m agents.run dqn --env CartPole-v1 --seed 1 --steps 50_000
+  python -m agents.run dqn --help                  every flag, with its default
+
+Then: python -m agents.evaluate RUN, python -m agents.play RUN --video FILE.mp4,
+tensorboard --logdir runs"""
+
+
+def guarded(main: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Run a command: a user's mistake becomes one line on standard error and exit code 2."""
+    try:
+        return main(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output went away
+        sys.stderr.close()
+        return 1
+
+
+def main(arguments: list[str]) -> int:
+    """Parse, train, and say what to do next."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE.format(agents=", ".join(AGENTS)))
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name.startswith("-"):
+        raise UserError(f"the first word must be an agent ({', '.join(AGENTS)}), got {name}")
+    pick("agent", name, AGENTS)
+    given = _parser(name, _value_of("--backbone", rest) or "").read(rest)
+    if "env" not in given and "config" not in given:
+        raise UserError("--env is needed, for example --env ALE/Pong or --env CartPole-v1")
+    file = _settings(given.pop("config")) if "config" in given else {}
+    if file.get("agent", name) != name:
+        raise UserError(f"the configuration file is for agent {file['agent']!r}, not {name!r}")
+    path, preset = given.pop("run", None), given.pop("preset", "none" if file else None)
+    from agents.train import train
+
+    env = given.pop("env", None) or file.get("env")
+    result = train(name, env, run=path, preset=preset, file=file, **given)
+    return _report(result)
+
+
+def _parser(agent: str, backbone: str) -> Parser:
+    """All flags; both backbones' flags are shown until one is chosen."""
+    import backbones
+    from agents.train import RunConfig, owners
+
+    text = "Values come from: default < preset < --config < flag. Steps are agent decisions."
+    parser = Parser(prog=f"python -m agents.run {agent}", description=text, usage="%(prog)s --env ID [flags]")
+    where = parser.add_argument_group("files")
+    where.add_argument("--run", metavar="DIR", help="run folder (default runs/<env>/<agent>/<name>)")
+    where.add_argument("--preset", metavar="NAME", help="settings by name; none for none (default by agent and env)")
+    where.add_argument("--config", metavar="FILE", help="JSON file of settings, e.g. a run's config.json")
+    for each in [backbone] if backbone else backbones.BACKBONES:
+        for title, owner in owners(agent, each).items():
+            if title not in [group.title for group in parser._action_groups]:
+                parser.add_knobs(title, owner)
+    return parser
+
+
+def _value_of(flag: str, words: list[str]) -> str | None:
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == flag:
+            return following
+        if word.startswith(flag + "="):
+            return word.partition("=")[2]
+    return None
+
+
+def _settings(path: str) -> dict[str, Any]:
+    """Settings of a JSON file: flat, or under "config" as a run folder keeps them."""
+    loaded = read_json(path)
+    nested = loaded.get("config", loaded)
+    if not isinstance(nested, dict):
+        raise UserError(f"{path}: 'config' must hold settings by name, got {nested!r}")
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in nested.items()}
+    settings.pop("preset", None)
+    return settings
+
+
+def _report(result: Any) -> int:
+    """Where the run is, what it reached, and the next commands to type."""
+    run, facts = shlex.quote(str(result.path)), result.summary
+    if result.signal:
+        print(f"\nStopped by signal {result.signal} at step {facts['steps']:,}; weights saved in {run}")
+    else:
+        score, rate = facts["evaluation"], facts["steps_per_second"]["whole"]
+        print(f"\n{facts['env']}: {score['mean']:.2f} +- {score['std']:.2f} over {score['episodes']} greedy episodes")
+        print(f"{facts['steps']:,} steps ({facts['frames']:,} frames) in {facts['seconds'] / 60:.1f} min, {rate:.0f} steps/s")
+    print(f"Run folder: {result.path}\n")
+    print(f"  python -m agents.play {run} --video episode.mp4")
+    print(f"  python -m agents.evaluate {run}")
+    print(f"  python -m runs.report {run}")
+    print("  tensorboard --logdir runs")
+    return 128 + result.signal if result.signal else 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))

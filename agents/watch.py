@@ -1,0 +1,178 @@
+"""Watching a run: logs, panel, evaluations, checkpoints and signals, each at its interval.
+
+Nothing here changes what is learned: evaluation has its own environments and draws no number from training.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from agents.base import Agent, due
+from agents.evaluate import Evaluator, film
+from envs import Episode
+from replay import Update
+from runs import Run, UserError
+from runs.panel import Panel
+
+FILM_STEPS = 400  # of the film in TensorBoard
+WARM_UPDATES = 50  # updates before the steady rate is measured: compilation lies before
+
+
+class Stop:
+    """SIGINT and SIGTERM ask the loop to end after its step; a second one ends at once."""
+
+    def __init__(self) -> None:
+        """Nothing asked yet."""
+        self.signal = 0
+
+    def __enter__(self) -> Stop:
+        """Take over both signals, where this is the main thread."""
+        self._before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread: its owner handles signals
+                pass
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal = number
+
+
+@dataclass
+class Watch:
+    """What is written and shown while an agent trains."""
+
+    agent: Agent
+    run: Run
+    panel: Panel
+    stop: Stop
+    evaluator: Evaluator
+    frame_skip: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    steps: int
+    video: bool = True
+    started: float = field(default_factory=time.perf_counter)
+    first_update: float | None = None  # seconds from start to the end of the first update
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    episodes: int = 0
+    _returns: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+    _metrics: dict[str, float] = field(default_factory=dict)
+    _logged: tuple[int, float] = (0, 0.0)
+    _aside: float = 0.0  # seconds spent evaluating and saving
+    _steady: tuple[int, float] | None = None  # step and learning seconds where the steady rate begins
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal asked for the end."""
+        return bool(self.stop.signal)
+
+    @property
+    def seconds(self) -> float:
+        """Since the start, evaluations and saving included."""
+        return time.perf_counter() - self.started
+
+    def after(self, before: int, step: int, episodes: list[Episode], update: Update | None) -> None:
+        """Everything that happens after the environments went from step `before` to `step`."""
+        for episode in episodes:
+            self.episodes += 1
+            self._returns.append(episode.return_)
+            self.run.episode(step, step * self.frame_skip, self.seconds, episode.return_, episode.length)
+        if update is not None:
+            self._note_update(step)
+            if due(self.log_every, before, step):
+                self._log(step, update)
+        self.panel.update(step, step * self.frame_skip, **self._shown())
+        if self.eval_every and due(self.eval_every, before, step) and step < self.steps:  # the last has its own
+            self.evaluate(step)
+        if self.checkpoint_every and due(self.checkpoint_every, before, step) and step < self.steps:
+            self.save(step)
+
+    def evaluate(self, step: int) -> None:
+        """A greedy evaluation: table, TensorBoard, a film, and the best weights."""
+        begun = time.perf_counter()
+        self.panel.update(step, step * self.frame_skip, status="evaluating")
+        episodes = self.evaluator.episodes(self.agent)
+        returns = np.array([episode.return_ for episode in episodes])
+        self.evaluation = {"mean": returns.mean(), "std": returns.std(), "episodes": len(returns)}
+        if self.run.evaluation(step, returns, self.seconds):
+            self.run.save_best(self._state(step))
+        self.panel.say(f"step {step:,}: greedy return {returns.mean():.2f} +- {returns.std():.2f}, {len(returns)} episodes")
+        self.run.histogram(step, "q/values", self.evaluator.values)
+        if self.video:
+            self._film(step)
+        self._aside += time.perf_counter() - begun
+
+    def _film(self, step: int) -> None:
+        seed = self.evaluator.seed + 1
+        try:
+            shown = film(self.agent, self.evaluator.env_id, self.evaluator.config, seed, FILM_STEPS)
+        except UserError as error:
+            self.panel.say(f"no film: {error}")
+            self.video = False
+            return
+        every = max(1, 4 // self.frame_skip)
+        self.run.video(step, "eval/episode", shown.frames[::every], fps=15)
+
+    def save(self, step: int) -> None:
+        """A checkpoint; a disk that refuses is reported and costs only this one."""
+        begun = time.perf_counter()
+        try:
+            self.run.save(step, self._state(step))
+        except OSError as error:
+            self.panel.say(f"checkpoint at step {step:,} failed ({error}); training goes on, the last good one stays")
+        self._aside += time.perf_counter() - begun
+
+    def _state(self, step: int) -> dict[str, dict[str, Any]]:
+        state = self.agent.state_dict()
+        counters = {"step": step, "episodes": self.episodes, "seconds": self.seconds}
+        return {**state, "counters": {**state["counters"], **counters}}
+
+    def rates(self, step: int) -> dict[str, float | None]:
+        """Agent steps per second: `whole` over the run, `steady` while learning, evaluations and compilation aside."""
+        steady = None
+        if self._steady is not None and step > self._steady[0]:
+            steady = (step - self._steady[0]) / (self.seconds - self._aside - self._steady[1])
+        return {"whole": step / self.seconds, "steady": steady}
+
+    def _note_update(self, step: int) -> None:
+        if self.first_update is None:
+            self.first_update = self.seconds
+        if self._steady is None and self.agent.updates >= WARM_UPDATES:
+            self._steady = (step, self.seconds - self._aside)
+
+    def _log(self, step: int, update: Update) -> None:
+        now = self.seconds - self._aside
+        rate = (step - self._logged[0]) / max(now - self._logged[1], 1e-9)
+        self._logged = (step, now)
+        self._metrics = {name: float(value) for name, value in update.metrics.items()}
+        speed = {"speed/steps_per_second": rate, "speed/frames_per_second": rate * self.frame_skip}
+        counts = {"train/updates": self.agent.updates, "train/epsilon": self.agent.exploration(step)}
+        self.run.log(step, self._metrics | counts | speed)
+
+    def _shown(self) -> dict[str, Any]:
+        shown: dict[str, Any] = {}
+        if self._returns:
+            shown["return_"] = sum(self._returns) / len(self._returns)
+        if self._metrics:
+            shown |= {"loss": self._metrics["loss/td"], "epsilon": self.agent.exploration(self._logged[0])}
+        if self.evaluation:
+            shown["evaluation"] = self.evaluation["mean"]
+        return shown

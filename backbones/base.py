@@ -1,0 +1,74 @@
+"""The seam between networks and everything that uses them: obs -> features."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+State = tuple[Tensor, ...]
+
+
+class Backbone(nn.Module, ABC):
+    """Turns observations into features; agents put heads on top.
+
+    Shapes: S is the shape of one observation, F = `features`. Memory is data: it comes in as `state`, goes out as
+        `state`, and is never kept on the module; feed-forward nets have the empty state ().
+    """
+
+    features: int  # F
+
+    def initial(self, n: int) -> State:
+        """The state of `n` environments before their first observation."""
+        return ()
+
+    @abstractmethod
+    def forward(self, obs: Any, state: State = (), first: Tensor | None = None) -> tuple[Tensor, State]:
+        """Features of observations.
+
+        Shapes: obs (B, *S) -> (B, F), or (T, B, *S) -> (T, B, F). Where `first` (B,) or (T, B) is true, the state is
+            reset before use.
+        """
+
+    def maps(self, obs: Tensor, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """Feature maps (B, C, H, W) by layer name; all of them if no name is given.
+
+        Raises: ValueError if this net has no such maps.
+        """
+        raise ValueError(f"{type(self).__name__} has no feature maps")
+
+    def freeze(self) -> Self:
+        """Stop all gradients into this net; returns it."""
+        return self.requires_grad_(False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the weights to a safetensors file, with the class name beside them."""
+        from safetensors.torch import save_file
+
+        weights = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, path, metadata={"backbone": json.dumps(type(self).__name__)})
+
+    def load(self, path: str | Path) -> Self:
+        """Read weights that `save` wrote into a net of the same shape; returns it."""
+        from safetensors.torch import load_file
+
+        self.load_state_dict(load_file(path))
+        return self
+
+
+def as_space(observation: spaces.Space[Any] | tuple[int, ...]) -> spaces.Space[Any]:
+    """A space as it is; a shape as the space of float arrays of that shape."""
+    if isinstance(observation, tuple):
+        return spaces.Box(-float("inf"), float("inf"), observation)
+    return observation
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The type to compute in: autocast's where it is on, otherwise float32."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32

@@ -1,0 +1,149 @@
+"""Where and how networks compute: device, precision, threads, compilation - chosen once, printed, written down.
+
+The choice follows from the machine and the net by rule, never from a stopwatch alone, so that the same command on the
+same machine computes the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from torch import nn
+
+from runs.config import Knob, UserError
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """The flags of this file."""
+
+    device: Annotated[str, Knob("where to compute", choices=("auto", "cpu", "cuda"))] = "auto"
+    precision: Annotated[str, Knob("of layers; weights stay fp32", choices=("auto", "fp32", "bf16"))] = "auto"
+    threads: Annotated[int, Knob("torch threads; 0 chooses for the net", low=0)] = 0
+    compile: Annotated[str, Knob("compile the update", choices=("auto", "on", "off"))] = "auto"
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A resolved `ComputeConfig`."""
+
+    device: str
+    precision: str
+    threads: int
+    compile: bool
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Layers in bf16 where that was chosen; nothing elsewhere."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, torch.bfloat16)
+
+    def __str__(self) -> str:
+        """One line for the panel."""
+        where = torch.cuda.get_device_name() if self.device == "cuda" else f"cpu, {_count(self.threads, 'thread')}"
+        return f"{where}, {self.precision}, {'compiled' if self.compile else 'eager'} update"
+
+
+def choose(config: ComputeConfig, *, image: bool, updates: int, say: Callable[[str], None]) -> Compute:
+    """Resolve every "auto" for a net that reads images or not, in a run of about `updates` updates.
+
+    Sets torch's thread count. Small dense nets are fastest on one thread (the cost is dispatch, not arithmetic);
+    convolutions use every core. Compilation costs 10-20 s, which long runs earn back.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no usable CUDA device is here; use --device cpu")
+    threads = config.threads or (len(os.sched_getaffinity(0)) if image else 1)
+    torch.set_num_threads(threads)
+    precision = config.precision
+    if precision == "auto":
+        precision = _precision(device, say) if image else "fp32"
+    compiled = config.compile == "on" or (config.compile == "auto" and updates >= (5_000 if image else 200_000))
+    if compiled and not _can_compile(device):
+        say("no C++ compiler found: the update runs uncompiled (slower, same results up to rounding)")
+        compiled = False
+    return Compute(device, precision, threads, compiled)
+
+
+def guarded_compile(function: Callable[..., Any], say: Callable[[str], None]) -> Callable[..., Any]:
+    """`torch.compile(function)`, falling back to the function itself if its first call fails to compile."""
+    state = {"run": torch.compile(function, dynamic=False), "proven": False}
+
+    def call(*arguments: Any) -> Any:
+        if state["proven"]:
+            return state["run"](*arguments)
+        try:
+            result = state["run"](*arguments)
+        except Exception as error:  # inductor fails in many ways; an error of ours comes again from the plain call
+            state["run"] = function
+            result = function(*arguments)
+            say(f"compilation failed ({type(error).__name__}): the update runs uncompiled")
+        state["proven"] = True
+        return result
+
+    return call
+
+
+def _can_compile(device: str) -> bool:
+    return device == "cuda" or any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
+def _precision(device: str, say: Callable[[str], None]) -> str:
+    """bf16 if the processor has it and a convolution agrees with fp32 and is no slower; else fp32."""
+    if device == "cpu" and not _cpu_has_bf16():
+        return "fp32"
+    if device == "cuda" and not torch.cuda.is_bf16_supported():
+        return "fp32"
+    difference, ratio = _compare_bf16(device)
+    if difference > 0.02:
+        say(f"bf16 convolutions are off by {difference:.1%} here: computing in fp32")
+        return "fp32"
+    if ratio > 1.5:  # some builds of the kernels are many times slower; ordinary noise does not reach this
+        say(f"bf16 convolutions are {ratio:.1f} times slower than fp32 here: computing in fp32")
+        return "fp32"
+    say(f"bf16 checked against fp32: difference {difference:.2%}, weights stay fp32")
+    return "bf16"
+
+
+def _cpu_has_bf16() -> bool:
+    capability = torch.cpu.get_capabilities()
+    return bool(capability.get("avx512_bf16") or capability.get("amx_bf16") or capability.get("bf16"))
+
+
+def _compare_bf16(device: str) -> tuple[float, float]:
+    """Relative difference of the output and gradient of NatureCNN's second layer, and time(bf16) / time(fp32)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 32, 20, 20, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
+    layer = nn.Conv2d(32, 64, 4, 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / 23)
+        layer.bias.zero_()  # type: ignore[union-attr]  # built with a bias
+    layer = layer.to(device=device, memory_format=torch.channels_last)
+
+    def run(enabled: bool) -> tuple[torch.Tensor, float]:
+        best = float("inf")
+        for _ in range(6):
+            layer.zero_grad()
+            start = time.perf_counter()
+            with torch.autocast(device, torch.bfloat16, enabled=enabled):
+                y = layer(x).float()
+            y.square().mean().backward()
+            result = torch.cat([y.detach().flatten(), layer.weight.grad.flatten() * 1e2]).cpu()  # type: ignore[union-attr]
+            best = min(best, time.perf_counter() - start)
+        return result, best
+
+    (exact, slow), (rough, fast) = run(False), run(True)
+    return float((rough - exact).norm() / exact.norm()), fast / slow
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"

@@ -1,0 +1,21 @@
+"""Environments: making them, collecting true transitions from them, and small ones that diagnose learners."""
+
+from envs.atari import EnvConfig
+from envs.collect import Collector, Episode
+from envs.diagnostic import register
+from envs.make import describe, frame_skip, frame_stack, make, resolve
+from envs.render import View, action_names
+
+__all__ = [
+    "Collector",
+    "EnvConfig",
+    "Episode",
+    "View",
+    "action_names",
+    "describe",
+    "frame_skip",
+    "frame_stack",
+    "make",
+    "register",
+    "resolve",
+]

@@ -1,0 +1,217 @@
+"""Making vector environments of any registered id, all with one autoreset: within the step that ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+
+from envs.atari import DEFAULT, Atari, EnvConfig, Game, is_atari, protocol, ram_game, refuse
+from envs.collect import reset
+from envs.diagnostic import register
+from runs.config import UserError, check, nearest
+
+_CARTPOLE = "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv"
+_MODES = ("auto", "sync", "async", "vector")
+
+
+def make(
+    env_id: str,
+    num_envs: int = 1,
+    seed: int = 0,
+    config: EnvConfig = DEFAULT,
+    *,
+    vectorization: str = "auto",
+    say: Callable[[str], None] | None = None,
+) -> VectorEnv:
+    """Make `num_envs` copies of a registered environment, with SAME_STEP autoreset and `info["final_obs"]`.
+
+    `auto` takes the native emulator for Atari images, the environment's own vectorised version where there is
+    one, else copies one after the other; `async` puts each copy into a process. `seed` decides the samples of
+    the action space and the first reset that is given no seed. `say` is told what a short id is taken for.
+
+    Raises: UserError for an unknown id, a missing package, a bad count, or a knob that does not apply.
+    """
+    check(EnvConfig, dataclasses.asdict(config))
+    if num_envs < 1:
+        raise UserError(f"num_envs must be 1 or more, got {num_envs}")
+    if seed < 0:
+        raise UserError(f"seed must be 0 or more, got {seed}")
+    if vectorization not in _MODES:
+        hint = nearest(vectorization, _MODES)
+        raise UserError(f"vectorization must be one of {', '.join(_MODES)}, got {vectorization!r}.{hint}")
+    spec = resolve(env_id, say)
+    if is_atari(spec):
+        env = _make_atari(protocol(spec, config), num_envs, seed, vectorization)
+    else:
+        names = tuple(field.name for field in dataclasses.fields(EnvConfig))
+        refuse(config, names, f"{spec.id}: it is not an Atari game")
+        env = _make_general(spec, num_envs, vectorization)
+        reset(env, seed)
+        line = f"{spec.id}: {_shape(env.single_observation_space)} -> {_shape(env.single_action_space)}"
+        limit = f", at most {spec.max_episode_steps} steps" if spec.max_episode_steps else ""
+        env.metadata = {**env.metadata, "frame_skip": 1, "description": line + limit}
+    env.action_space.seed(seed)
+    env.single_action_space.seed(seed)
+    return env
+
+
+def describe(env: VectorEnv) -> str:
+    """The protocol in force, on one line."""
+    return env.metadata.get("description", str(env))
+
+
+def frame_skip(env: VectorEnv) -> int:
+    """Emulator frames per step, 1 outside Atari."""
+    return env.metadata.get("frame_skip", 1)
+
+
+def frame_stack(env: VectorEnv) -> int:
+    """Frames in the first axis of an observation, 1 where observations are no stacks."""
+    return env.metadata.get("frame_stack", 1)
+
+
+def resolve(env_id: str, say: Callable[[str], None] | None = None) -> EnvSpec:
+    """Find an id in gymnasium's registry; without a version it means the newest one, and `say` is told.
+
+    Raises: UserError with the nearest match.
+    """
+    register()
+    import ale_py  # noqa: F401  (registers its games)
+
+    module, _, name = env_id.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"cannot import {module!r} of env {env_id!r}: {error}") from None
+    if name in gymnasium.registry:
+        return gymnasium.registry[name]
+    found = [(int(match[1]), key) for key in gymnasium.registry if (match := _version(name, key))]
+    if not found:
+        raise UserError(f"unknown env {env_id!r}.{nearest(name, _known())}")
+    newest = max(found)[1]
+    if say is not None:
+        say(f"{env_id} is {newest}")
+    return gymnasium.registry[newest]
+
+
+def _shape(space: gymnasium.Space) -> str:
+    return f"{type(space).__name__} {space.shape}" if isinstance(space, gymnasium.spaces.Box) else str(space)
+
+
+def _version(name: str, key: str) -> re.Match[str] | None:
+    return re.fullmatch(re.escape(name) + r"-v(\d+)", key)
+
+
+def _known() -> list[str]:
+    # only ids that work; with and without version, so that `ALE/Pnog` and `ALE/Pnog-v5` find their way
+    specs = gymnasium.registry.values()
+    names = [spec.id for spec in specs if not isinstance(spec.kwargs.get("frameskip"), tuple)]
+    return names + [re.sub(r"-v\d+$", "", name) for name in names]
+
+
+def _make_atari(game: Game, num_envs: int, seed: int, vectorization: str) -> VectorEnv:
+    env: VectorEnv
+    if game.ram:
+        if vectorization == "vector":
+            raise UserError(f"{game.id} with RAM has no vectorised version: choose auto, sync or async")
+        one = functools.partial(ram_game, game, _scalar)
+        env = _copies(one, num_envs, vectorization, game.id, "")
+        reset(env, seed)
+    elif vectorization in ("sync", "async"):
+        raise UserError(f"{game.id} images come from the native vector env: use auto or vector, or --obs ram")
+    else:
+        env = Atari(game, num_envs, seed)
+    line = game.describe(int(env.single_action_space.n))  # type: ignore[attr-defined]  (Discrete)
+    stack = 1 if game.ram else game.config.stack
+    facts = {"frame_skip": game.frame_skip, "frame_stack": stack, "description": line}
+    env.metadata = {**env.metadata, **facts}
+    return env
+
+
+def _make_general(spec: EnvSpec, num_envs: int, vectorization: str) -> VectorEnv:
+    if vectorization in ("auto", "vector"):
+        env = _own_vectorised(spec, num_envs)
+        if env is not None:
+            return env
+        if vectorization == "vector":
+            raise UserError(f"{spec.id} has no vectorised version fit for use: choose sync or async")
+    one = functools.partial(_scalar, spec.id)
+    return _copies(one, num_envs, vectorization, spec.id, str(spec.entry_point))
+
+
+def _own_vectorised(spec: EnvSpec, num_envs: int) -> VectorEnv | None:
+    if spec.vector_entry_point is None:
+        return None
+    try:
+        env = gymnasium.make_vec(spec.id, num_envs, vectorization_mode="vector_entry_point")
+    except (ImportError, gymnasium.error.DependencyNotInstalled):
+        return None  # its scalar version may need less
+    if spec.vector_entry_point == _CARTPOLE:
+        return SameStepCartPole(env)
+    if env.metadata.get("autoreset_mode") is AutoresetMode.SAME_STEP:
+        return env
+    env.close()
+    return None
+
+
+def _copies(
+    one: Callable[[], gymnasium.Env], num_envs: int, vectorization: str, env_id: str, entry_point: str
+) -> VectorEnv:
+    ones = [one] * num_envs
+    try:
+        if vectorization == "async":
+            # not fork: emulator and learner threads would be copied dead
+            return AsyncVectorEnv(ones, autoreset_mode=AutoresetMode.SAME_STEP, context="forkserver")
+        return SyncVectorEnv(ones, autoreset_mode=AutoresetMode.SAME_STEP)
+    except (ImportError, gymnasium.error.Error) as error:
+        raise _mend(env_id, entry_point, error) from None
+
+
+def _mend(env_id: str, entry_point: str, error: Exception) -> UserError:
+    for extra in ("mujoco", "box2d"):
+        missing = isinstance(error, (ImportError, gymnasium.error.DependencyNotInstalled))
+        if missing and f".{extra}" in entry_point:
+            return UserError(f'{env_id} needs a missing package: pip install "chordate[{extra}]"')
+    return UserError(f"{env_id} cannot be made: {(str(error) or type(error).__name__).splitlines()[0]}")
+
+
+def _scalar(env_id: str, **keywords: Any) -> gymnasium.Env:
+    """One environment; also runs in the processes of `async`, where nothing is registered yet."""
+    resolve(env_id)
+    # the collector checks what matters, for every kind of env
+    return gymnasium.make(env_id, disable_env_checker=True, **keywords)
+
+
+class SameStepCartPole(VectorWrapper):
+    """Gymnasium's vectorised CartPole, reset within the step that ended instead of in the one after.
+
+    The original spends a step without an action, with reward 0, on every reset: a learner would store it.
+    """
+
+    def __init__(self, env: VectorEnv) -> None:
+        """Wrap a CartPoleVectorEnv."""
+        super().__init__(env)
+        self.metadata = {**env.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Step all poles; those that ended start anew, and info["final_obs"] holds where they ended."""
+        base: Any = self.env
+        obs, reward, terminated, truncated, info = base.step(actions)
+        ended = terminated | truncated
+        if ended.any():
+            info = {**info, "final_obs": obs, "_final_obs": ended}
+            base.state[:, ended] = base.np_random.uniform(base.low, base.high, (4, int(ended.sum())))
+            base.steps[ended] = 0
+            base.prev_done[:] = False  # nothing is left for the original to reset
+            obs = base.state.T.astype(np.float32)
+        return obs, reward, terminated, truncated, info

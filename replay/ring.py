@@ -1,0 +1,222 @@
+"""A uniform replay ring that stores every frame once.
+
+Each environment owns a lane of slots. A slot holds the newest frame of one observation, the action taken there, its
+reward and two flags; stacks of frames, successors and n-step returns are rebuilt when a batch is drawn:
+
+    lane   ... s5 s6 s7 F | s0 s1 s2 ...        F: the last frame of an episode; it is a successor, never a start
+    obs(s1) = [0, 0, s0, s1]                    frames from before the reset are zero, as the environment shows them
+
+The successor of s_t lies k slots on, where k <= n is the number of rewards that n-step learning really sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from replay.types import Batch, Transition
+
+TERMINATED, TRUNCATED, FINAL = 1, 2, 4  # bits of a slot's flag
+
+
+class Ring:
+    """A ring over `capacity` slots for `num_envs` interleaved environments.
+
+    Shapes: with `stack` > 1 the first axis of an observation is the stack, oldest frame first, and only the newest
+        frame is stored. Dict observations are stored leaf by leaf (without stacks).
+    Raises: ValueError for a capacity that cannot hold one n-step sample of each environment.
+    Source: n-step returns, Sutton and Barto 2018, eq. 7.1, with the discount of the steps really summed.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        num_envs: int,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        *,
+        stack: int = 1,
+        n_step: int = 1,
+        gamma: float = 0.99,
+        rng: np.random.Generator,
+    ) -> None:
+        """Reserve memory; pages are taken from the system only as the ring fills."""
+        self.slots = capacity // num_envs  # L, slots of one lane
+        if self.slots < stack + n_step + 1:
+            raise ValueError(
+                f"capacity must be at least {num_envs * (stack + n_step + 1)} for {num_envs} environments, "
+                f"got {capacity}"
+            )
+        self.num_envs, self.stack, self.n_step, self.gamma, self.rng = num_envs, stack, n_step, gamma, rng
+        total = num_envs * self.slots
+        leaves = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+        self._frames = {name: _storage(total, space, 1 if stack > 1 else 0) for name, space in leaves.items()}
+        self._action = _storage(total, action_space, 0)
+        self._reward = np.zeros(total, np.float32)
+        self._flag = np.zeros(total, np.uint8)
+        self._age = np.zeros(total, np.uint8)  # earlier frames of the same episode, at most `stack`
+        self._count = np.zeros(num_envs, np.int64)  # slots ever written, by lane
+        self._last = {name: np.zeros_like(frames[:num_envs]) for name, frames in self._frames.items()}
+        self._lane = np.arange(num_envs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything kept, the borders included."""
+        arrays = [*self._frames.values(), *self._last.values(), self._action, self._reward, self._flag, self._age]
+        return sum(array.nbytes for array in [*arrays, self._count, self._lane])
+
+    def __len__(self) -> int:
+        """Slots from which a sample may start."""
+        low, high = self._window()
+        return int((high - low).sum())
+
+    def add(self, step: Transition) -> None:
+        """Append one step of every environment."""
+        obs, next_obs = self._newest(step.obs), self._newest(step.next_obs)
+        fresh = step.first & (self._count > 0)
+        if fresh.any():  # the episode before ended for good: its last frame gets a slot of its own
+            lane = self._lane[fresh]
+            slot = self._advance(lane, grown=True)
+            for name, frames in self._frames.items():
+                frames[slot] = self._last[name][lane]
+            self._flag[slot] = FINAL
+        slot = self._advance(self._lane, grown=~step.first)
+        for name, frames in self._frames.items():
+            frames[slot] = obs[name]
+        self._action[slot] = step.action
+        self._reward[slot] = step.reward
+        self._flag[slot] = step.terminated * TERMINATED + step.truncated * TRUNCATED
+        ended = step.terminated | step.truncated
+        if ended.any():
+            for name, last in self._last.items():
+                last[ended] = next_obs[name][ended]
+
+    def sample(self, batch: int) -> Batch:
+        """Draw `batch` transitions uniformly, with replacement.
+
+        Raises: ValueError if nothing can be sampled yet.
+        """
+        lane, position = self._draw(batch)
+        base = lane * self.slots
+        reward, discount, taken = self._returns(base, position)
+        index = base + position % self.slots
+        obs, next_obs = self._observations(base, position, taken)
+        return Batch(
+            obs=obs,
+            action=torch.from_numpy(self._action[index]),
+            reward=torch.from_numpy(reward),
+            next_obs=next_obs,
+            discount=torch.from_numpy(discount),
+            weight=torch.ones(batch),
+            index=torch.from_numpy(index),
+        )
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Every array that decides what will be sampled (the generator is saved by its owner)."""
+        arrays = {"action": self._action, "reward": self._reward, "flag": self._flag, "age": self._age}
+        arrays |= {f"frames.{name}": frames for name, frames in self._frames.items()}
+        return arrays | {f"last.{name}": last for name, last in self._last.items()} | {"count": self._count}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Copy a `state_dict` back in place; raises ValueError where names or shapes differ."""
+        own = self.state_dict()
+        if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+            raise ValueError("this replay was saved with other spaces, capacity or number of environments")
+        for name, array in own.items():
+            array[...] = state[name]
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def _newest(self, obs: Any) -> dict[str, np.ndarray]:
+        leaves = obs if isinstance(obs, dict) else {"": obs}
+        return {name: leaf[:, -1] for name, leaf in leaves.items()} if self.stack > 1 else leaves
+
+    def _advance(self, lane: np.ndarray, grown: np.ndarray | bool) -> np.ndarray:
+        """Open the next slot of each lane; where `grown`, it continues the episode of the slot before."""
+        base, count = lane * self.slots, self._count[lane]
+        slot = base + count % self.slots
+        if self.stack > 1:
+            before = self._age[base + (count - 1) % self.slots]
+            self._age[slot] = np.where(grown, np.minimum(before + 1, self.stack), 0)
+        self._count[lane] += 1
+        return slot
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def _window(self) -> tuple[np.ndarray, np.ndarray]:
+        """By lane, the positions [low, high) whose stack and n-step successor are all in the ring."""
+        oldest = np.maximum(self._count - self.slots, 0)
+        low = np.where(oldest > 0, oldest + self.stack - 1, 0)
+        return low, np.maximum(self._count - self.n_step, low)
+
+    def _draw(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Lanes and positions (B,), uniform over all starts; a FINAL slot is drawn again."""
+        low, high = self._window()
+        ends = np.cumsum(high - low)
+        if ends[-1] == 0:
+            raise ValueError("the replay has nothing to sample yet")
+        chosen = self.rng.integers(ends[-1], size=batch)
+        while True:
+            lane = np.searchsorted(ends, chosen, side="right") if self.num_envs > 1 else np.zeros(batch, np.int64)
+            position = chosen - (ends - high)[lane]  # ends - high = (starts before this lane) - low
+            final = self._flag[lane * self.slots + position % self.slots] == FINAL
+            if not final.any():
+                return lane, position
+            chosen[final] = self.rng.integers(ends[-1], size=int(final.sum()))
+
+    def _returns(self, base: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """R = sum_{i<k} gamma^i r_i,  discount = gamma^k (1 - terminated),  and k, all (B,)."""
+        n, gamma = self.n_step, self.gamma
+        if n == 1:
+            slot = base + position % self.slots
+            alive = (self._flag[slot] & TERMINATED) == 0
+            return self._reward[slot], alive * np.float32(gamma), np.ones_like(position)
+        slot = base[:, None] + (position[:, None] + np.arange(n)) % self.slots  # (B, n)
+        flag = self._flag[slot]
+        alive = np.ones(slot.shape, bool)  # (B, n) no episode end before this step
+        alive[:, 1:] = np.cumsum(flag[:, :-1] != 0, axis=1) == 0
+        taken = alive.sum(axis=1)  # k (B,)
+        reward = (self._reward[slot] * alive) @ (gamma ** np.arange(n, dtype=np.float32))
+        terminated = flag[np.arange(len(taken)), taken - 1] & TERMINATED
+        discount = gamma ** np.arange(n + 1, dtype=np.float32)
+        return reward.astype(np.float32), np.where(terminated, np.float32(0), discount[taken]), taken
+
+    def _observations(self, base: np.ndarray, position: np.ndarray, taken: np.ndarray) -> tuple[Any, Any]:
+        """Observations at `position` and `taken` steps later."""
+        if self.stack == 1:
+            now, later = base + position % self.slots, base + (position + taken) % self.slots
+            pairs = {name: (f[now], f[later]) for name, f in self._frames.items()}
+        elif self.n_step == 1:  # the two stacks share all frames but one: read stack + 1 frames, return two views
+            window = self._frames[""][self._stack_index(base, position + 1, self.stack + 1)]
+            self._blank(window, base, position + 1)
+            pairs = {"": (window[:, :-1], window[:, 1:])}
+        else:
+            stacks = []
+            for last in (position, position + taken):
+                stacks.append(self._frames[""][self._stack_index(base, last, self.stack)])
+                self._blank(stacks[-1], base, last)
+            pairs = {"": (stacks[0], stacks[1])}
+        tensors = {name: (torch.from_numpy(a), torch.from_numpy(b)) for name, (a, b) in pairs.items()}
+        if "" in tensors:
+            return tensors[""]
+        return {name: pair[0] for name, pair in tensors.items()}, {name: pair[1] for name, pair in tensors.items()}
+
+    def _stack_index(self, base: np.ndarray, last: np.ndarray, depth: int) -> np.ndarray:
+        return base[:, None] + (last[:, None] + np.arange(1 - depth, 1)) % self.slots  # (B, depth)
+
+    def _blank(self, stacks: np.ndarray, base: np.ndarray, last: np.ndarray) -> None:
+        """Zero the frames (B, depth, *frame) that lie before the episode of the newest one began."""
+        depth = stacks.shape[1]
+        age = self._age[base + last % self.slots]  # of the newest frame
+        young = np.flatnonzero(age < depth - 1)
+        for row in young:
+            stacks[row, : depth - 1 - age[row]] = 0
+
+
+def _storage(total: int, space: spaces.Space[Any], skip: int) -> np.ndarray:
+    if space.shape is None or space.dtype is None:
+        raise ValueError(f"the replay stores Box, Discrete, MultiDiscrete and MultiBinary leaves, got {space}")
+    return np.zeros((total, *space.shape[skip:]), space.dtype)

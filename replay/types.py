@@ -1,0 +1,53 @@
+"""The types that cross the rooms. Sizes: T time, N envs, B batch, S observation shape, A action shape."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:  # envs fill Transitions without paying for the import of torch
+    from torch import Tensor
+
+
+class Transition(NamedTuple):
+    """One step of N environments, as the world gave it.
+
+    `next_obs` is the true successor, never the observation after a reset. Rewards are unclipped. `terminated` means
+    that no reward can follow (bootstrap with zero), `truncated` that the episode was cut from outside (bootstrap with
+    the value of `next_obs`). `first` marks observations that follow a reset.
+    """
+
+    obs: np.ndarray  # (N, *S)
+    action: np.ndarray  # (N, *A)
+    reward: np.ndarray  # (N,) float32
+    next_obs: np.ndarray  # (N, *S)
+    terminated: np.ndarray  # (N,) bool
+    truncated: np.ndarray  # (N,) bool
+    first: np.ndarray  # (N,) bool
+
+
+class Batch(NamedTuple):
+    """B samples to learn from; everything a loss needs to know about time is in `reward` and `discount`."""
+
+    obs: Tensor  # (B, *S)
+    action: Tensor  # (B, *A)
+    reward: Tensor  # (B,) sum of gamma^i r_i over the k <= n steps really summed
+    next_obs: Tensor  # (B, *S), k steps later
+    discount: Tensor  # (B,) gamma^k * (1 - terminated)
+    weight: Tensor  # (B,) importance weight, 1 for uniform sampling
+    index: Tensor  # (B,) where the samples lie, for update_priority
+
+
+class Update(NamedTuple):
+    """What one gradient step reports: detached scalars by name, and new priorities if the replay wants them."""
+
+    metrics: dict[str, Tensor]
+    priority: Tensor | None  # (B,)
+
+
+class Decision(NamedTuple):
+    """What an agent decided for N environments, and the memory it carries to the next step."""
+
+    action: np.ndarray  # (N, *A)
+    state: tuple[Any, ...]  # () for agents without memory

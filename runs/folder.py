@@ -1,0 +1,272 @@
+"""The run folder: one place for everything that a training run leaves behind (described in README.md)."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runs.config import UserError, nearest, read_json
+from runs.disk import json_text, write_whole
+from runs.log import Events, Table, cell, read_table
+from runs.origin import origin
+
+CONFIG = "config.json"
+SCORES = ("step", "frames", "seconds", "return", "length")
+EVALUATIONS = ("step", "mean", "std", "min", "max", "episodes", "seconds")
+KEEP = 2  # checkpoints: the newest, and the one before in case the newest is damaged
+
+
+class Run:
+    """A run: `Run.create` starts one, `Run.open` reads one.
+
+    `path` is its folder, `config` the resolved configuration, `origin` versions, commit, command and machine.
+    A run that was opened can be read and summed up anew; logging to it is an error.
+    """
+
+    def __init__(self, path: Path, record: Mapping[str, Any], log: _Log | None) -> None:
+        """For `create` and `open`."""
+        self.path = path
+        self.config: dict[str, Any] = dict(record["config"])
+        self.origin = {name: value for name, value in record.items() if name != "config"}
+        self._opened_log = log
+
+    @classmethod
+    def create(
+        cls, config: Mapping[str, Any], *, root: str | Path = "runs", path: str | Path | None = None
+    ) -> Run:
+        """Start a run in `root/<env>/<agent>/seed<seed>-<time>`, or in `path`, which must be new or empty.
+
+        `config` must hold "env" and "agent", and should hold "seed". A folder with content is never touched.
+        Raises: UserError if `path` is in use or the folder cannot be written.
+        """
+        record = {"config": dict(config), **origin()}
+        try:
+            folder = _claim(Path(path).expanduser()) if path is not None else _fresh(Path(root), config)
+            with open(folder / CONFIG, "x", encoding="utf-8") as file:
+                file.write(json_text(record))
+            return cls(folder, record, _Log(folder))
+        except FileExistsError:  # of two commands given the same new --run, one is told here
+            raise UserError(_taken(path)) from None
+        except OSError as error:
+            raise UserError(f"cannot write a run to {path or root}: {error.strerror or error}") from error
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Open the run in the folder `path` for reading.
+
+        Raises: UserError if there is none; it names the runs below or the nearest name beside.
+        """
+        folder = Path(path).expanduser()
+        if not (folder / CONFIG).is_file():
+            raise UserError(_no_run(folder))
+        record = read_json(folder / CONFIG)
+        if not isinstance(record.get("config"), dict):
+            raise UserError(f"{folder / CONFIG} does not describe a run: it has no 'config'")
+        # JSON has no tuples; configurations have no lists
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in record["config"].items()}
+        return cls(folder, {**record, "config": values}, None)
+
+    @property
+    def _log(self) -> _Log:
+        if self._opened_log is None:
+            raise ValueError(f"the run {self.path} is not open for writing")
+        return self._opened_log
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write one row of metrics (numbers or 0-d tensors, which are read only here) to CSV and TensorBoard.
+
+        Raises: ValueError if `step` goes back or a name is not `group/name` text.
+        """
+        log, values = self._log, {name: float(value) for name, value in metrics.items()}
+        log.metrics.append(step, {name: cell(value) for name, value in values.items()})
+        log.events.scalars(step, values)
+
+    def episode(self, step: int, frames: int, seconds: float, return_: float, length: int) -> None:
+        """Write one finished training episode.
+
+        Units: `seconds` since the start, `return_` in unclipped reward, `length` in steps.
+        """
+        log, row = self._log, (frames, round(seconds, 3), float(return_), int(length))
+        log.scores.append(step, dict(zip(SCORES[1:], map(str, row), strict=True)))
+        log.events.scalars(step, {"episode/return": float(return_), "episode/length": float(length)})
+
+    def evaluation(self, step: int, returns: Any, seconds: float) -> bool:
+        """Write one greedy evaluation; True if its mean is the best of the run so far.
+
+        Shapes: returns (episodes,).  Units: unclipped reward; `seconds` since the start.
+        """
+        values = np.asarray(returns, dtype=np.float64)
+        if values.ndim != 1 or not values.size:
+            raise ValueError(f"an evaluation needs returns of shape (episodes,), got {values.shape}")
+        log = self._log
+        facts = {"mean": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
+        cells = {name: str(float(value)) for name, value in facts.items()}
+        log.evaluations.append(
+            step, {**cells, "episodes": str(values.size), "seconds": str(round(seconds, 3))}
+        )
+        log.events.scalars(step, {f"eval/{name}": float(value) for name, value in facts.items()})
+        best = log.best is None or bool(facts["mean"] > log.best)
+        if best and np.isfinite(facts["mean"]):
+            log.best = float(facts["mean"])
+            return True
+        return False
+
+    def histogram(self, step: int, name: str, values: Any) -> None:
+        """Write the distribution of an array to TensorBoard; entries that are not finite are left out."""
+        self._log.events.histogram(step, name, np.asarray(values))
+
+    def video(self, step: int, name: str, frames: np.ndarray, fps: float) -> None:
+        """Write a film to TensorBoard as an animated GIF.
+
+        Shapes: frames (T, H, W, 3) uint8.
+        """
+        from runs.video import gif_bytes
+
+        log = self._log
+        height, width = frames[0].shape[:2]
+        log.events.image(step, name, gif_bytes(frames, fps), height, width)
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Save a checkpoint, complete or not at all; keep the newest two. Return its folder.
+
+        `state`: groups; one of tensors, one of arrays, one that JSON can hold (see README.md).
+        Raises: OSError if the disk refuses; the checkpoint before stays intact.
+        """
+        from runs import checkpoint
+
+        self.flush()
+        parent = self.path / "checkpoints"
+        checkpoint.save(parent / str(int(step)), int(step), state)
+        checkpoint.prune(parent, KEEP)
+        return parent / str(int(step))
+
+    def save_best(self, state: dict[str, Any]) -> Path:
+        """Save `state` as that of the last evaluation, in place of the best before. Return its folder."""
+        from runs import checkpoint
+
+        checkpoint.save(self.path / "best", self._log.evaluations.last_step, state)
+        return self.path / "best"
+
+    def load(
+        self, which: str | int = "latest", *, say: Callable[[str], None] | None = None
+    ) -> dict[str, Any]:
+        """Read a saved state: "best", "latest" or the step of a checkpoint. Sizes and hashes are verified.
+
+        A damaged latest checkpoint is named through `say` (default: standard error); the one before is taken.
+        Raises: UserError if there is nothing usable.
+        """
+        from runs import checkpoint
+
+        parent = self.path / "checkpoints"
+        if which == "latest":
+            return checkpoint.load_latest(parent, say or _warn)
+        steps = checkpoint.steps(parent)
+        if which != "best" and which not in steps:
+            allowed = ", ".join(["best", "latest", *map(str, steps)])
+            raise UserError(f"no checkpoint {which!r} in {self.path}. Allowed: {allowed}.")
+        try:
+            if which == "best":
+                return checkpoint.load(self.path / "best")
+            return checkpoint.load(parent / str(which), int(which))
+        except checkpoint.CorruptCheckpoint as error:
+            if which == "best" and not (self.path / "best").exists():
+                raise UserError(f"no best checkpoint in {self.path}: no evaluation has finished") from None
+            raise UserError(str(error)) from error
+
+    def summary(self, facts: Mapping[str, Any]) -> None:
+        """Write summary.json in one step; numbers that are not finite become null."""
+        write_whole(self.path / "summary.json", json_text(dict(facts)).encode())
+
+    def table(self, name: str) -> dict[str, np.ndarray]:
+        """Read "scores", "metrics" or "evaluations" as columns, also while the run goes on.
+
+        Shapes: column -> (rows,) float64, empty cells NaN.
+        """
+        return read_table(self.path / f"{name}.csv")
+
+    def flush(self) -> None:
+        """Force all logs onto the disk."""
+        for part in self._log.parts:
+            part.flush()
+
+    def close(self) -> None:
+        """Flush and close the logs; later calls do nothing."""
+        if self._opened_log is not None:
+            for part in self._opened_log.parts:
+                part.close()
+
+    def __enter__(self) -> Run:
+        """Return the run itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the logs."""
+        self.close()
+
+
+class _Log:
+    """What a run writes to while it goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.scores = Table(folder / "scores.csv", SCORES)
+        self.metrics = Table(folder / "metrics.csv", ["step"])
+        self.evaluations = Table(folder / "evaluations.csv", EVALUATIONS)
+        self.events = Events(folder)
+        self.parts = (self.scores, self.metrics, self.evaluations, self.events)
+        self.best: float | None = None
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _claim(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    if (path / CONFIG).exists():
+        raise UserError(_taken(path))
+    if any(path.iterdir()):
+        raise UserError(f"{path} is not empty and holds no run; choose a new or empty folder for --run")
+    return path
+
+
+def _taken(path: object) -> str:
+    return f"{path} already holds a run; choose another --run or delete it"
+
+
+def _fresh(root: Path, config: Mapping[str, Any]) -> Path:
+    parent = root.expanduser() / _plain(config["env"]) / _plain(config["agent"])
+    parent.mkdir(parents=True, exist_ok=True)
+    name = f"seed{_plain(config.get('seed', 0))}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()  # fails if another process took the name in the same second
+            return folder
+        except FileExistsError:
+            continue
+    raise AssertionError("unreachable")
+
+
+def _plain(name: Any) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", str(name)).lstrip(".") or "unnamed"
+
+
+def _no_run(folder: Path) -> str:
+    if not folder.is_dir():
+        beside = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        return f"no run at {folder}: no such folder.{nearest(folder.name, beside)}"
+    below = [found.parent for depth in ("*", "*/*", "*/*/*") for found in folder.glob(f"{depth}/{CONFIG}")]
+    if not below:
+        return f"no run at {folder}: it has no {CONFIG}"
+    newest = sorted(below, key=lambda found: (found / CONFIG).stat().st_mtime, reverse=True)
+    if len(newest) == 1:
+        return f"no run at {folder} itself. Did you mean {str(newest[0])!r}?"
+    shown = ", ".join(map(str, newest[:3])) + (", ..." if len(newest) > 3 else "")
+    return f"no run at {folder} itself, but {len(newest)} below it; newest first: {shown}"

@@ -1,0 +1,123 @@
+"""The diagnostic environments are what they say they are."""
+
+from __future__ import annotations
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from envs import Collector, make, register
+from envs.diagnostic import (
+    ENVS,
+    Clock,
+    Counting,
+    CountingVector,
+    DelayedChain,
+    Identity,
+    Memory,
+    Probe,
+    count_obs,
+)
+
+register()
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_gymnasium_finds_nothing_wrong(name: str) -> None:
+    check_env(gymnasium.make(f"chordate/{name}-v0").unwrapped)
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_each_can_be_made_and_collected(name: str) -> None:
+    env = make(f"chordate/{name}", 2)
+    collector = Collector(env, 0)
+    for _ in range(80):
+        collector.send(env.action_space.sample())
+        collector.recv()
+    collector.close()
+
+
+def test_registering_twice_changes_nothing() -> None:
+    before = dict(gymnasium.registry)
+    register()
+    assert gymnasium.registry == before
+
+
+def test_probes() -> None:
+    for kind, action in (("predict", 0), ("match", 1), ("action", 0), ("constant", 0)):
+        env = Probe(kind)
+        sign = float(env.reset(seed=1)[0][0])
+        expected = {"predict": sign, "match": sign, "action": -1.0, "constant": 1.0}[kind]
+        assert env.step(action)[1:4] == (expected, True, False)
+    env = Probe("delay")
+    assert env.reset(seed=0)[0] == 0 and env.step(0)[1:4] == (0.0, False, False)
+    obs, *rest = env.step(0)
+    assert obs == 1 and rest[:3] == [1.0, True, False]
+
+
+def test_a_clock_ends_as_told() -> None:
+    for end, flags in (("termination", (True, False)), ("truncation", (False, True))):
+        env = Clock(length=3, end=end)
+        env.reset(seed=0)
+        steps = [env.step(0) for _ in range(3)]
+        assert [step[2:4] for step in steps] == [(False, False)] * 2 + [flags]
+        assert np.allclose([step[0][0] for step in steps], [1 / 3, 2 / 3, 1]) and steps[0][1] == 1.0
+    env = Clock(blind=True)
+    assert env.reset(seed=0)[0] == 0 and env.step(0)[0] == 0
+
+
+def test_identity_rewards_the_answer() -> None:
+    env = Identity()
+    obs, _ = env.reset(seed=0)
+    for _ in range(9):
+        obs, reward, *_ = env.step(int(obs.argmax()))
+        assert reward == 1
+    assert env.step(int(1 - obs.argmax()) % 4)[1:4] == (0.0, True, False)
+    env = Identity(size=2, continuous=True)
+    obs, _ = env.reset(seed=0)
+    assert env.step(obs)[1] == 0 and env.step(np.array([1.0, 1.0], np.float32))[1] < 0
+
+
+def test_the_chain_pays_only_at_its_end() -> None:
+    env = DelayedChain(length=4, max_steps=6)
+    env.reset(seed=0)
+    steps = [env.step(a) for a in (1, 0, 1, 1, 1)]
+    assert [step[0].argmax() for step in steps] == [1, 0, 1, 2, 3] and not any(step[1] for step in steps)
+    assert env.step(1)[1:4] == (1.0, True, False)
+    env.reset(seed=0)
+    assert [env.step(0)[3] for _ in range(6)] == [False] * 5 + [True]
+
+
+def test_memory_asks_for_the_cue_alone_at_the_end() -> None:
+    for seed in range(4):
+        env = Memory(delay=2)
+        cue = int(env.reset(seed=seed)[0].argmax())
+        assert env.step(0)[0].tolist() == [0, 0, 0] == env.step(0)[0].tolist()
+        obs, reward, over, *_ = env.step(0)
+        assert obs.tolist() == [0, 0, 1] and (reward, over) == (0.0, False)
+        assert env.step(cue)[1:4] == (1.0, True, False)
+
+
+def test_bad_options_are_named() -> None:
+    with pytest.raises(ValueError, match="end must be one of termination, truncation, got 'both'"):
+        Counting(end="both")
+    with pytest.raises(ValueError, match="kind must be one of"):
+        Probe("six")
+    with pytest.raises(ValueError, match="length and spread"):
+        CountingVector(length=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 255), st.integers(0, 600), st.integers(0, 600))
+def test_count_images_are_stacks_of_frames(tag: int, episode: int, step: int) -> None:
+    now, before = (
+        count_obs(np.array([tag]), np.array([episode]), np.array([s]), True)[0] for s in (step + 1, step)
+    )
+    assert np.array_equal(now[:-1], before[1:])
+    assert (
+        now[-1, 3, 3] == 1 + (step + 1) % 255 and now[-1, 0, 0] == 1 + episode % 255 and now[-1, 7, 0] == tag
+    )
+    assert (now == 0).all(axis=(1, 2)).sum() == max(0, 3 - (step + 1))

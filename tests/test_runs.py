@@ -1,0 +1,276 @@
+"""The run folder: creating, refusing, logging, reading."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto import event_pb2
+
+from runs import Run, UserError
+from runs.log import Table, read_table
+
+CONFIG = {"env": "ALE/Pong-v5", "agent": "dqn", "seed": 3, "hidden": (64, 32)}
+
+
+def events(run):
+    (path,) = run.path.glob("events.out.tfevents.*")
+    parse: Any = event_pb2  # generated at import
+    return [parse.Event.FromString(raw) for raw in RawEventFileLoader(str(path)).Load()]
+
+
+def scalars(run):
+    """Scalars of the event file: tag -> step -> value."""
+    found = {}
+    for event in events(run):
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                found.setdefault(value.tag, {})[event.step] = value.simple_value
+    return found
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    heavy = "torch tensorboard rich matplotlib av PIL gymnasium safetensors"
+    rooms = "runs, runs.report, runs.video, runs.panel"
+    code = f"import sys, {rooms}; print(set({heavy.split()}) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_create_writes_where_it_comes_from_and_open_reads_it(tmp_path):
+    root = tmp_path / "a folder with spaces"
+    with Run.create(CONFIG, root=root) as run:
+        assert run.path.parent == root / "ALE-Pong-v5" / "dqn"
+        assert run.path.name.startswith("seed3-")
+    record = json.loads((run.path / "config.json").read_text())
+    assert set(record) == {"config", "versions", "commit", "command", "machine", "started"}
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["command"].startswith("python ")
+    opened = Run.open(run.path)
+    assert opened.config == CONFIG
+    with pytest.raises(ValueError, match="not open for writing"):
+        opened.log(1, {"loss/td": 1.0})
+
+
+def test_runs_created_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("runs.folder.time.strftime", lambda _: "20300101-000000")
+    paths = []
+
+    def create():
+        with Run.create(CONFIG, root=tmp_path) as run:
+            paths.append(run.path)
+
+    threads = [threading.Thread(target=create) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(paths)) == 6
+
+
+def test_env_names_cannot_leave_the_root(tmp_path):
+    with Run.create({"env": "../../x:Env-v0", "agent": "..", "seed": 0}, root=tmp_path / "root") as run:
+        assert run.path.parents[2] == tmp_path / "root"
+        assert run.path.parents[1].name == "-..-x-Env-v0"
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
+    with Run.create(CONFIG, path=tmp_path / "mine") as run:
+        run.episode(10, 40, 0.5, -21, 10)
+    before = {entry: entry.read_bytes() for entry in run.path.iterdir()}
+    with pytest.raises(UserError, match="already holds a run; choose another --run or delete it"):
+        Run.create(CONFIG, path=tmp_path / "mine")
+    assert {entry: entry.read_bytes() for entry in run.path.iterdir()} == before
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="is not empty"):
+        Run.create(CONFIG, path=tmp_path / "other")
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (
+        {"path": tmp_path / "file"},
+        {"path": tmp_path / "file" / "run"},
+        {"root": tmp_path / "file"},
+    ):
+        with pytest.raises(UserError, match=r"cannot write a run to|already holds") as caught:
+            Run.create(CONFIG, **place)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_folder_is_one_line(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(UserError, match=r"cannot write a run to .*Permission denied"):
+        Run.create(CONFIG, root=tmp_path / "locked")
+
+
+def test_open_says_what_is_there_instead(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        Run.open(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"it has no config.json"):
+        Run.open(tmp_path)
+    Run.create(CONFIG, path=tmp_path / "deep" / "first").close()
+    with pytest.raises(UserError, match=r"Did you mean '.*first'\?"):
+        Run.open(tmp_path)
+    with pytest.raises(UserError, match=r"Did you mean 'first'\?"):
+        Run.open(tmp_path / "deep" / "frist")
+    Run.create(CONFIG, path=tmp_path / "deep" / "second").close()
+    with pytest.raises(UserError, match="2 below it"):
+        Run.open(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot read"):
+        Run.open(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="does not describe a run"):
+        Run.open(tmp_path)
+
+
+def test_csv_and_tensorboard_hold_the_same_numbers(tmp_path):
+    rng = np.random.default_rng(0)
+    with Run.create(CONFIG, root=tmp_path) as run:
+        for step in range(0, 500, 10):
+            metrics = {
+                "loss/td": torch.tensor(rng.normal()),
+                "q/mean": rng.normal() * 1e-7,
+                "explore/epsilon": 1 / 3,
+            }
+            if step >= 250:
+                metrics["late/one"] = step * 1e9 + 1
+            if step == 300:
+                metrics |= {"loss/td": math.nan, "q/mean": math.inf, "explore/epsilon": -1e300}
+            run.log(step, metrics)
+    table, found = run.table("metrics"), scalars(run)
+    assert set(table) - {"step"} == set(found)
+    for name, logged in found.items():
+        rows = {int(s): v for s, v in zip(table["step"], table[name], strict=True) if int(s) in logged}
+        for step, value in logged.items():
+            assert np.float32(rows[step]) == np.float32(value) or (
+                math.isnan(value) and math.isnan(rows[step])
+            )
+    assert list(table["step"]) == list(range(0, 500, 10))
+    assert np.isnan(table["late/one"][:25]).all()
+    assert ",inf," in (run.path / "metrics.csv").read_text()
+
+
+def test_rows_are_there_at_once_and_whole(tmp_path):
+    run = Run.create(CONFIG, root=tmp_path)
+    run.log(1, {"loss/td": 0.5})
+    run.log(2, {"loss/td": 0.25, "time/update": 2.0})
+    run.episode(7, 28, 0.1234567, -21.0, 7)
+    assert (run.path / "metrics.csv").read_text() == "step,loss/td,time/update\n1,0.5,\n2,0.25,2.0\n"
+    assert (run.path / "scores.csv").read_text().splitlines()[1] == "7,28,0.123,-21.0,7"
+    assert scalars(run)["episode/return"] == {7: -21.0}
+    with open(run.path / "scores.csv", "a") as file:
+        file.write("9,3")  # what a reader may catch of a row on its way
+    assert list(run.table("scores")["step"]) == [7]
+    run.close()
+    run.close()
+
+
+def test_steps_do_not_go_back_and_names_are_safe(tmp_path):
+    with Run.create(CONFIG, root=tmp_path) as run:
+        run.log(10, {"loss/td": 1.0})
+        run.log(10, {"loss/td": 2.0})
+        with pytest.raises(ValueError, match="must not go back, got 9 after 10"):
+            run.log(9, {"loss/td": 1.0})
+        for name in ("a,b", "", 'quo"te', "line\nbreak"):
+            with pytest.raises(ValueError, match="a metric is named with"):
+                run.log(11, {name: 1.0})
+        run.log(12, {"loss/td": 3.0})
+    assert list(run.table("metrics")["loss/td"]) == [1, 2, 3]
+    assert list(scalars(run)["loss/td"]) == [10, 12]
+
+
+def test_a_failed_new_column_costs_no_rows(tmp_path, monkeypatch):
+    table = Table(tmp_path / "metrics.csv", ["step"])
+    table.append(1, {"a": "1"})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("runs.disk.os.fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            table.append(2, {"a": "2", "b": "2"})
+    table.append(3, {"a": "3", "b": "3"})
+    table.close()
+    assert (tmp_path / "metrics.csv").read_text() == "step,a,b\n1,1,\n3,3,3\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_reading_tables(tmp_path):
+    path = tmp_path / "t.csv"
+    assert read_table(path) == {}
+    path.write_text("")
+    assert read_table(path) == {}
+    path.write_text("step,a\n")
+    assert {name: len(column) for name, column in read_table(path).items()} == {"step": 0, "a": 0}
+
+
+def test_evaluations_and_which_is_best(tmp_path):
+    with Run.create(CONFIG, root=tmp_path) as run:
+        assert run.evaluation(100, np.array([1.0, 3.0]), 5.0)
+        assert not run.evaluation(200, [2.0, 2.0], 6.0)
+        assert not run.evaluation(300, [math.nan, 9.0], 7.0)
+        assert run.evaluation(400, [2.5], 8.0)
+        with pytest.raises(ValueError, match="needs returns of shape"):
+            run.evaluation(500, [], 9.0)
+    assert (run.path / "evaluations.csv").read_text().splitlines()[:2] == [
+        "step,mean,std,min,max,episodes,seconds",
+        "100,2.0,1.0,1.0,3.0,2,5.0",
+    ]
+    assert scalars(run)["eval/mean"][400] == 2.5
+
+
+def test_histograms_and_films_reach_tensorboard(tmp_path):
+    frames = np.zeros((3, 10, 12, 3), np.uint8)
+    frames[1, :5], frames[2, :, :6] = 200, 90
+    with Run.create(CONFIG, root=tmp_path) as run:
+        run.histogram(5, "q/values", np.array([[1.0, 2.0], [math.nan, 4.0]]))
+        run.histogram(6, "q/values", np.full(3, math.nan))
+        run.histogram(7, "q/values", np.ones(3))
+        run.video(8, "eval/episode", frames, fps=15)
+    values = {event.step: event.summary.value[0] for event in events(run) if event.summary.value}
+    assert sorted(values) == [5, 7, 8]
+    histogram = values[5].histo
+    assert (histogram.num, histogram.min, histogram.max, histogram.sum) == (3, 1, 4, 7)
+    assert sum(histogram.bucket) == 3 and len(histogram.bucket) == len(histogram.bucket_limit)
+    image = values[8].image
+    assert (image.height, image.width) == (10, 12) and image.encoded_image_string.startswith(b"GIF89a")
+
+
+def test_summary_is_strict_json_and_replaced_in_one_step(tmp_path, monkeypatch):
+    with Run.create(CONFIG, root=tmp_path) as run:
+        facts = {
+            "steps": np.int64(5),
+            "mean": np.float32(0.5),
+            "loss": math.nan,
+            "path": Path("x"),
+            "t": torch.tensor(2),
+        }
+        run.summary(facts)
+        written = json.loads((run.path / "summary.json").read_text(), parse_constant=pytest.fail)
+        assert written == {"steps": 5, "mean": 0.5, "loss": None, "path": "x", "t": 2}
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("runs.disk.os.fsync", full)
+            with pytest.raises(OSError, match="No space"):
+                run.summary({"steps": 6})
+        assert json.loads((run.path / "summary.json").read_text())["steps"] == 5
+        assert not list(run.path.glob(".partial*"))
+        with pytest.raises(TypeError, match="cannot write a object"):
+            run.summary({"bad": object()})
