@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from backbones.base import Backbone, State
 from backbones.obs import Encoder
-from runs.config import Knob, check
+from runs.config import Knob, UserError, check
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU, "elu": nn.ELU}
 
@@ -32,6 +32,8 @@ class MLP(Backbone):
         """Raises: UserError for a width below 1, no width at all, or an unknown activation."""
         super().__init__()
         check(MLP, {"hidden": hidden, "activation": activation, "norm": norm})
+        if not hidden:
+            raise UserError("--hidden must be one whole number or more, got ()")
         self.encoder = Encoder(observation)
         widths = [self.encoder.size, *hidden]
         layers: list[nn.Module] = []

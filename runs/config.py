@@ -99,7 +99,7 @@ def _check_value(field: Field, value: Any) -> None:
         raise UserError(f"{field.flag} must be {allowed}, got {value!r}.{nearest(str(value), knob.choices)}")
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, (int, float)) and not isinstance(number, bool):
-            if number != number or (knob.low is not None and number < knob.low):
+            if not math.isfinite(number) or (knob.low is not None and number < knob.low):
                 raise UserError(f"{field.flag} must be {allowed}, got {value!r}")
             if (knob.above is not None and number <= knob.above) or (knob.high is not None and number > knob.high):
                 raise UserError(f"{field.flag} must be {allowed}, got {value!r}")
@@ -151,7 +151,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **keywords: Any) -> None:
         """Fix what every command shares: no abbreviations, help that keeps its lines within 80 columns."""
         super().__init__(allow_abbrev=False, formatter_class=_Help, argument_default=argparse.SUPPRESS, **keywords)
-        self._negative_number_matcher = re.compile(r"^-(\d|\.\d|inf)")  # argparse's own takes -1e-3 for a flag
+        self._negative_number_matcher = re.compile(r"^-(\d|\.\d|inf)")  # argparse's takes -1e-3 for a flag
 
     def error(self, message: str) -> typing.NoReturn:
         """Raise instead of exiting, so that one place prints errors."""
