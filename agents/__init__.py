@@ -23,7 +23,7 @@ def load(name: str) -> Any:
 def __getattr__(name: str) -> Any:
     """Import torch only when an agent is asked for."""
     if name == "train":
-        from agents.train import train
+        from agents.training import train
 
         return train
     for key, (_, attribute) in AGENTS.items():

@@ -65,7 +65,7 @@ class Config:
 
 
 def q_target(reward: Tensor, discount: Tensor, next_q: Tensor, select_q: Tensor) -> Tensor:
-    """y = R + discount * next_q[argmax select_q].
+    """Y = R + discount * next_q[argmax select_q].
 
     Shapes: reward, discount (B,); next_q from the target net and select_q (B, A) -> (B,), without gradient.
     Source: van Hasselt et al. 2016, eq. 4 (select_q from the online net); Mnih et al. 2015 (select_q = next_q).
@@ -95,6 +95,7 @@ class QNet(nn.Module):
     """A backbone with a Q head: obs (B, *S) -> q (B, A)."""
 
     def __init__(self, backbone: Backbone, actions: int) -> None:
+        """Put a new head on the backbone."""
         super().__init__()
         self.backbone = backbone
         self.head = QHead(backbone.features, actions)
@@ -111,7 +112,12 @@ class DQN:
     Config = Config
 
     def __init__(
-        self, config: Config | None = None, *, backbone: str | Backbone = "", net: dict[str, Any] | None = None, **knobs: Any
+        self,
+        config: Config | None = None,
+        *,
+        backbone: str | Backbone = "",
+        net: dict[str, Any] | None = None,
+        **knobs: Any,
     ) -> None:
         """A DQN with `config`, or with the default changed by `knobs`, on a backbone and that backbone's knobs.
 
@@ -132,14 +138,18 @@ class DQN:
     ) -> None:
         """Make online and target nets and the optimiser; see `Agent.build`."""
         if not isinstance(action_space, spaces.Discrete):
-            raise UserError(f"dqn drives Discrete actions, this environment has {action_space}; no agent for it is here yet")
+            raise UserError(
+                f"dqn drives Discrete actions, this environment has {action_space}; no agent for it is here yet"
+            )
         self.compute = compute
         self.actions, self._start = int(action_space.n), int(action_space.start)
         weights, exploration = seed.spawn(2)
         self._rng = np.random.default_rng(exploration)
         with torch.random.fork_rng(devices=[]):  # torch's initialisers take no generator
             torch.manual_seed(int(weights.generate_state(1, np.uint64)[0] >> 1))
-            backbone = backbones.build(self.backbone or backbones.default(observation_space), observation_space, **self.net)
+            backbone = backbones.build(
+                self.backbone or backbones.default(observation_space), observation_space, **self.net
+            )
             self.online = QNet(backbone, self.actions).to(compute.device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.optimizer = torch.optim.Adam(
@@ -187,7 +197,9 @@ class DQN:
                 select_q = self.online(batch.next_obs) if self.config.double else next_q
                 target = q_target(reward, batch.discount, next_q, select_q)
             q = self.online(batch.obs)
-        loss, error = td_loss(q, batch.action - self._start, target, batch.weight, self.config.loss == "huber")
+        loss, error = td_loss(
+            q, batch.action - self._start, target, batch.weight, self.config.loss == "huber"
+        )
         metrics = {"loss/td": loss.detach(), "q/mean": q.detach().mean(), "q/target": target.mean()}
         return loss, metrics, error
 
@@ -201,8 +213,9 @@ class DQN:
         self.optimizer.step()
         self.updates += 1
         if self.updates % self.config.target_every == 0:
-            online, target = list(self.online.parameters()), list(self.target.parameters())
-            torch._foreach_lerp_(target, online, self.config.tau)
+            with torch.no_grad():
+                for target, online in zip(self.target.parameters(), self.online.parameters(), strict=True):
+                    target.lerp_(online, self.config.tau)
         return Update(metrics | {"train/grad_norm": norm}, error.abs())
 
     def state_dict(self) -> dict[str, dict[str, Any]]:

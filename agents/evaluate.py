@@ -1,6 +1,6 @@
 """Greedy evaluation in environments of its own.
 
-    python -m agents.evaluate RUN [--episodes N] [--seed S] [--json]
+python -m agents.evaluate RUN [--episodes N] [--seed S] [--json]
 """
 
 from __future__ import annotations
@@ -100,14 +100,20 @@ def film(agent: Agent, env_id: str, config: EnvConfig, seed: int, most: int) -> 
 
 def main(arguments: list[str]) -> int:
     """Evaluate the best weights of a run, and print the result."""
-    parser = Parser(prog="python -m agents.evaluate", description="Greedy evaluation of a run's best weights.")
+    parser = Parser(
+        prog="python -m agents.evaluate", description="Greedy evaluation of a run's best weights."
+    )
     parser.add_argument("run", metavar="RUN", help="a run folder")
-    parser.add_argument("--episodes", type=positive("--episodes"), metavar="N", help="episodes to play (default 30)")
-    parser.add_argument("--seed", type=int, metavar="S", help=f"of the evaluation environments (default {SEED})")
+    parser.add_argument(
+        "--episodes", type=positive("--episodes"), metavar="N", help="episodes to play (default 30)"
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="S", help=f"of the evaluation environments (default {SEED})"
+    )
     parser.add_argument("--weights", choices=("best", "latest"), help="which weights (default best)")
     parser.add_argument("--json", action="store_true", default=False, help="print one JSON object")
     given = parser.read(arguments)
-    from agents.train import restore
+    from agents.training import restore
 
     agent, config, env_config = restore(given["run"], given.get("weights", "best"))
     seed = given.get("seed", SEED)

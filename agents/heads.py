@@ -12,6 +12,7 @@ class QHead(nn.Module):
     """
 
     def __init__(self, features: int, actions: int) -> None:
+        """One linear layer."""
         super().__init__()
         self.q = nn.Linear(features, actions)
 

@@ -1,8 +1,8 @@
 """The loop, with every arrow of the data flow; nothing here knows which agent, replay or environment it drives.
 
-    envs --Transition--> replay --Batch--> agent.update --metrics--> watch --> runs/<run>/
-      ^                                        |
-      +-------- weights (agent.act) -----------+
+envs --Transition--> replay --Batch--> agent.update --metrics--> watch --> runs/<run>/
+  ^                                        |
+  +-------- weights (agent.act) -----------+
 """
 
 from __future__ import annotations

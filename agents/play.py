@@ -1,6 +1,6 @@
 """Watch a run's best weights play.
 
-    python -m agents.play RUN [--episodes N] [--video FILE.mp4] [--explain] [--render human]
+python -m agents.play RUN [--episodes N] [--video FILE.mp4] [--explain] [--render human]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 import envs
 from agents.evaluate import Film, film, positive
+from runs import Run
 from runs.config import Parser, UserError
 
 MOST_STEPS = 30_000
@@ -21,16 +22,23 @@ PAUSE = 15  # frames that the last picture of an episode stays
 
 def main(arguments: list[str]) -> int:
     """Play, and write an mp4 or show a window."""
-    parser = Parser(prog="python -m agents.play", description="Watch a run's best weights play, without exploring.")
+    parser = Parser(
+        prog="python -m agents.play", description="Watch a run's best weights play, without exploring."
+    )
     parser.add_argument("run", metavar="RUN", help="a run folder")
-    parser.add_argument("--episodes", type=positive("--episodes"), metavar="N", help="episodes to play (default 1)")
+    parser.add_argument(
+        "--episodes", type=positive("--episodes"), metavar="N", help="episodes to play (default 1)"
+    )
     parser.add_argument("--steps", type=positive("--steps"), metavar="N", help="most steps of an episode")
     parser.add_argument("--seed", type=int, metavar="S", help="of the first episode (default 0)")
     parser.add_argument("--video", metavar="FILE", help="mp4 to write (default RUN/episode.mp4)")
-    parser.add_argument("--explain", action="store_true", default=False, help="draw values beside the picture")
+    parser.add_argument(
+        "--explain", action="store_true", default=False, help="draw values beside the picture"
+    )
     parser.add_argument("--render", choices=("human",), help="show a window instead of writing a file")
     parser.add_argument("--weights", choices=("best", "latest"), help="which weights (default best)")
     given = parser.read(arguments)
+    Run.open(given["run"])  # first of all, is there one?
     path = Path(given.get("video", Path(given["run"]) / "episode.mp4"))
     if path.exists() and "video" in given:
         raise UserError(f"{path} exists; choose another --video or delete it")
@@ -38,7 +46,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"--video must end in .mp4, got {str(path)!r}")
     if not path.parent.is_dir():
         raise UserError(f"--video {path}: no folder {path.parent}")
-    from agents.train import restore
+    from agents.training import restore
 
     agent, settings, env_config = restore(given["run"], given.get("weights", "best"))
     env_id, seed = settings["env"], given.get("seed", 0)
@@ -71,7 +79,9 @@ def _pictures(films: list[Film], env_id: str, explained: bool) -> Iterator[np.nd
         picture = shown.frames[0]
         for step, frame in enumerate(shown.frames):
             if explained:
-                picture = explain(frame, shown.values[step], int(shown.actions[step]), names, best[: step + 1])
+                picture = explain(
+                    frame, shown.values[step], int(shown.actions[step]), names, best[: step + 1]
+                )
             else:
                 picture = enlarge(frame, max(1, 420 // frame.shape[0]))
             yield picture
@@ -82,7 +92,7 @@ def _pictures(films: list[Film], env_id: str, explained: bool) -> Iterator[np.nd
 def _show(pictures: Iterator[np.ndarray], fps: float) -> None:
     """A window with the pictures at their speed; closing it ends the show."""
     try:
-        import pygame
+        import pygame  # type: ignore[import-not-found]  # an extra
     except ImportError:
         raise UserError('a window needs pygame: pip install "chordate[window]"') from None
     clock, screen = pygame.time.Clock(), None

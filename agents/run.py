@@ -1,7 +1,7 @@
 """The command that trains.
 
-    python -m agents.run AGENT --env ID [--backbone NAME] [--steps N] [--seed S] [--num-envs N] [--device auto|cpu|cuda]
-                         [--run DIR] [--preset NAME] [--config FILE.json] [agent, backbone and environment flags]
+python -m agents.run AGENT --env ID [--backbone NAME] [--steps N] [--seed S] [--num-envs N] [--device auto|cpu|cuda]
+                     [--run DIR] [--preset NAME] [--config FILE.json] [agent, backbone and environment flags]
 """
 
 from __future__ import annotations
@@ -54,23 +54,25 @@ def main(arguments: list[str]) -> int:
     if file.get("agent", name) != name:
         raise UserError(f"the configuration file is for agent {file['agent']!r}, not {name!r}")
     path, preset = given.pop("run", None), given.pop("preset", "none" if file else None)
-    from agents.train import train
+    from agents.training import train
 
     env = given.pop("env", None) or file.get("env")
-    result = train(name, env, run=path, preset=preset, file=file, **given)
+    result = train(name, env or "", run=path, preset=preset, file=file, **given)
     return _report(result)
 
 
 def _parser(agent: str, backbone: str) -> Parser:
     """All flags; both backbones' flags are shown until one is chosen."""
     import backbones
-    from agents.train import RunConfig, owners
+    from agents.training import owners
 
     text = "Values come from: default < preset < --config < flag. Steps are agent decisions."
     parser = Parser(prog=f"python -m agents.run {agent}", description=text, usage="%(prog)s --env ID [flags]")
     where = parser.add_argument_group("files")
     where.add_argument("--run", metavar="DIR", help="run folder (default runs/<env>/<agent>/<name>)")
-    where.add_argument("--preset", metavar="NAME", help="settings by name; none for none (default by agent and env)")
+    where.add_argument(
+        "--preset", metavar="NAME", help="settings by name; none for none (default by agent and env)"
+    )
     where.add_argument("--config", metavar="FILE", help="JSON file of settings, e.g. a run's config.json")
     for each in [backbone] if backbone else backbones.BACKBONES:
         for title, owner in owners(agent, each).items():
@@ -80,7 +82,7 @@ def _parser(agent: str, backbone: str) -> Parser:
 
 
 def _value_of(flag: str, words: list[str]) -> str | None:
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         if word == flag:
             return following
         if word.startswith(flag + "="):
@@ -106,8 +108,13 @@ def _report(result: Any) -> int:
         print(f"\nStopped by signal {result.signal} at step {facts['steps']:,}; weights saved in {run}")
     else:
         score, rate = facts["evaluation"], facts["steps_per_second"]["whole"]
-        print(f"\n{facts['env']}: {score['mean']:.2f} +- {score['std']:.2f} over {score['episodes']} greedy episodes")
-        print(f"{facts['steps']:,} steps ({facts['frames']:,} frames) in {facts['seconds'] / 60:.1f} min, {rate:.0f} steps/s")
+        print(
+            f"\n{facts['env']}: {score['mean']:.2f} +- {score['std']:.2f} over {score['episodes']} greedy episodes"
+        )
+        print(
+            f"{facts['steps']:,} steps ({facts['frames']:,} frames) in {facts['seconds'] / 60:.1f} min, "
+            f"{rate:.0f} steps/s"
+        )
     print(f"Run folder: {result.path}\n")
     print(f"  python -m agents.play {run} --video episode.mp4")
     print(f"  python -m agents.evaluate {run}")

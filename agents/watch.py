@@ -74,6 +74,7 @@ class Watch:
     evaluation: dict[str, Any] = field(default_factory=dict)
     episodes: int = 0
     _returns: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+    _update: Update | None = None  # the newest that is not yet in the log
     _metrics: dict[str, float] = field(default_factory=dict)
     _logged: tuple[int, float] = (0, 0.0)
     _aside: float = 0.0  # seconds spent evaluating and saving
@@ -97,10 +98,14 @@ class Watch:
             self.run.episode(step, step * self.frame_skip, self.seconds, episode.return_, episode.length)
         if update is not None:
             self._note_update(step)
-            if due(self.log_every, before, step):
-                self._log(step, update)
+            self._update = update
+        if self._update is not None and due(self.log_every, before, step):
+            self._log(step, self._update)
+            self._update = None
         self.panel.update(step, step * self.frame_skip, **self._shown())
-        if self.eval_every and due(self.eval_every, before, step) and step < self.steps:  # the last has its own
+        if (
+            self.eval_every and due(self.eval_every, before, step) and step < self.steps
+        ):  # the last has its own
             self.evaluate(step)
         if self.checkpoint_every and due(self.checkpoint_every, before, step) and step < self.steps:
             self.save(step)
@@ -114,7 +119,9 @@ class Watch:
         self.evaluation = {"mean": returns.mean(), "std": returns.std(), "episodes": len(returns)}
         if self.run.evaluation(step, returns, self.seconds):
             self.run.save_best(self._state(step))
-        self.panel.say(f"step {step:,}: greedy return {returns.mean():.2f} +- {returns.std():.2f}, {len(returns)} episodes")
+        self.panel.say(
+            f"step {step:,}: greedy return {returns.mean():.2f} +- {returns.std():.2f}, {len(returns)} episodes"
+        )
         self.run.histogram(step, "q/values", self.evaluator.values)
         if self.video:
             self._film(step)
@@ -137,7 +144,9 @@ class Watch:
         try:
             self.run.save(step, self._state(step))
         except OSError as error:
-            self.panel.say(f"checkpoint at step {step:,} failed ({error}); training goes on, the last good one stays")
+            self.panel.say(
+                f"checkpoint at step {step:,} failed ({error}); training goes on, the last good one stays"
+            )
         self._aside += time.perf_counter() - begun
 
     def _state(self, step: int) -> dict[str, dict[str, Any]]:

@@ -51,7 +51,7 @@ class CNN(Backbone):
             self.trunk, shape = _residual(shape, IMPALA, norm)
         else:
             self.trunk, shape = _plain(shape, NATURE if net == "nature" else LIGHT, norm)
-        self.trunk = self.trunk.to(memory_format=torch.channels_last)
+        self.trunk = self.trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it
         dense: list[nn.Module] = [nn.Linear(math.prod(shape) + self.encoder.vector, self.features)]
         self.dense = nn.Sequential(*dense, *([nn.LayerNorm(self.features)] if norm else []), nn.ReLU())
 
@@ -78,7 +78,9 @@ class CNN(Backbone):
         return {name: found[name] for name in names or found}
 
 
-def _plain(shape: tuple[int, ...], layers: tuple[tuple[int, int, int], ...], norm: bool) -> tuple[nn.Module, tuple[int, ...]]:
+def _plain(
+    shape: tuple[int, ...], layers: tuple[tuple[int, int, int], ...], norm: bool
+) -> tuple[nn.Module, tuple[int, ...]]:
     """Convolution, normalisation, ReLU for each layer; returns the trunk and the shape (C, H, W) it gives."""
     trunk = nn.Sequential()
     channels, height, width = shape
@@ -107,7 +109,9 @@ class _Residual(nn.Module):
         return x + self.layers(x)
 
 
-def _residual(shape: tuple[int, ...], widths: tuple[int, ...], norm: bool) -> tuple[nn.Module, tuple[int, ...]]:
+def _residual(
+    shape: tuple[int, ...], widths: tuple[int, ...], norm: bool
+) -> tuple[nn.Module, tuple[int, ...]]:
     """Convolution, max-pooling by two and two residual blocks for each width; ReLU at the end."""
     trunk = nn.Sequential()
     channels, height, width = shape

@@ -47,7 +47,11 @@ class Compute:
 
     def __str__(self) -> str:
         """One line for the panel."""
-        where = torch.cuda.get_device_name() if self.device == "cuda" else f"cpu, {_count(self.threads, 'thread')}"
+        where = (
+            torch.cuda.get_device_name()
+            if self.device == "cuda"
+            else f"cpu, {_count(self.threads, 'thread')}"
+        )
         return f"{where}, {self.precision}, {'compiled' if self.compile else 'eager'} update"
 
 
@@ -67,7 +71,9 @@ def choose(config: ComputeConfig, *, image: bool, updates: int, say: Callable[[s
     precision = config.precision
     if precision == "auto":
         precision = _precision(device, say) if image else "fp32"
-    compiled = config.compile == "on" or (config.compile == "auto" and updates >= (5_000 if image else 200_000))
+    compiled = config.compile == "on" or (
+        config.compile == "auto" and updates >= (5_000 if image else 200_000)
+    )
     if compiled and not _can_compile(device):
         say("no C++ compiler found: the update runs uncompiled (slower, same results up to rounding)")
         compiled = False
@@ -83,7 +89,9 @@ def guarded_compile(function: Callable[..., Any], say: Callable[[str], None]) ->
             return state["run"](*arguments)
         try:
             result = state["run"](*arguments)
-        except Exception as error:  # inductor fails in many ways; an error of ours comes again from the plain call
+        except (
+            Exception
+        ) as error:  # inductor fails in many ways; an error of ours comes again from the plain call
             state["run"] = function
             result = function(*arguments)
             say(f"compilation failed ({type(error).__name__}): the update runs uncompiled")
@@ -94,7 +102,9 @@ def guarded_compile(function: Callable[..., Any], say: Callable[[str], None]) ->
 
 
 def _can_compile(device: str) -> bool:
-    return device == "cuda" or any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+    return device == "cuda" or any(
+        shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")
+    )
 
 
 def _precision(device: str, say: Callable[[str], None]) -> str:
@@ -125,12 +135,16 @@ def _cpu_has_bf16() -> bool:
 def _compare_bf16(device: str) -> tuple[float, float]:
     """Relative difference of the output and gradient of NatureCNN's second layer, and time(bf16) / time(fp32)."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(32, 32, 20, 20, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
+    x = (
+        torch.randn(32, 32, 20, 20, generator=generator)
+        .to(device)
+        .contiguous(memory_format=torch.channels_last)
+    )
     layer = nn.Conv2d(32, 64, 4, 2)
     with torch.no_grad():
         layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / 23)
         layer.bias.zero_()  # type: ignore[union-attr]  # built with a bias
-    layer = layer.to(device=device, memory_format=torch.channels_last)
+    layer = layer.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it
 
     def run(enabled: bool) -> tuple[torch.Tensor, float]:
         best = float("inf")

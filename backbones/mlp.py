@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any
 
 import torch
@@ -37,8 +38,12 @@ class MLP(Backbone):
         self.encoder = Encoder(observation)
         widths = [self.encoder.size, *hidden]
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
-            layers += [nn.Linear(inputs, outputs), *([nn.LayerNorm(outputs)] if norm else []), ACTIVATIONS[activation]()]
+        for inputs, outputs in pairwise(widths):
+            layers += [
+                nn.Linear(inputs, outputs),
+                *([nn.LayerNorm(outputs)] if norm else []),
+                ACTIVATIONS[activation](),
+            ]
         self.layers = nn.Sequential(*layers)
         self.features = widths[-1]
 

@@ -66,7 +66,9 @@ class Encoder:
         return Encoded(image, vector, lead)
 
 
-def _leaves(space: spaces.Space[Any], path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], spaces.Space[Any]]]:
+def _leaves(
+    space: spaces.Space[Any], path: tuple[Any, ...] = ()
+) -> list[tuple[tuple[Any, ...], spaces.Space[Any]]]:
     if isinstance(space, spaces.Dict):
         return [found for key, child in space.spaces.items() for found in _leaves(child, (*path, key))]
     if isinstance(space, spaces.Tuple):
@@ -81,16 +83,16 @@ def _is_image(space: spaces.Space[Any]) -> bool:
 
 
 def _image_shape(space: spaces.Space[Any]) -> tuple[int, int, int]:
-    shape = space.shape or ()
+    shape: tuple[int, ...] = tuple(space.shape or ())
     if len(shape) == 2:
-        return (1, *shape)
+        return (1, shape[0], shape[1])
     if len(shape) == 4:  # (K, H, W, C)
         return (shape[0] * shape[3], shape[1], shape[2])
     return (shape[2], shape[0], shape[1]) if _channels_last(shape) else (shape[0], shape[1], shape[2])
 
 
 def _channels_last(shape: tuple[int, ...]) -> bool:
-    return shape[2] < shape[0]
+    return shape[-1] < shape[0]
 
 
 def _length(space: spaces.Space[Any]) -> int:
@@ -113,7 +115,9 @@ def _encode(x: Tensor, space: spaces.Space[Any]) -> Tensor:
         return F.one_hot(x.long() - int(space.start), int(space.n)).float()  # (B, n)
     if isinstance(space, spaces.MultiDiscrete):
         columns = (x.flatten(1) - torch.as_tensor(space.start, device=x.device).flatten()).long()
-        return torch.cat([F.one_hot(c, int(n)) for c, n in zip(columns.T, space.nvec.flat, strict=True)], 1).float()
+        return torch.cat(
+            [F.one_hot(c, int(n)) for c, n in zip(columns.T, space.nvec.flat, strict=True)], 1
+        ).float()
     dtype = working_dtype(x)
     x = x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
     if not _is_image(space):

@@ -135,7 +135,9 @@ class Atari(VectorEnv):
     axis of 3.
     """
 
-    def __init__(self, game: Game, num_envs: int, seed: int, *, screen: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, game: Game, num_envs: int, seed: int, *, screen: tuple[int, int] | None = None
+    ) -> None:
         """Start the emulator threads; the first `reset` uses `seed` if it is given none.
 
         `screen` (height, width) asks for single colour frames of that size, whatever the game's knobs say.

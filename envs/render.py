@@ -69,8 +69,8 @@ class View:
         collectors = [self._collector, *([self._twin] if self._twin else [])]
         for collector in collectors:
             collector.send(action)
-        reward = float([collector.recv() for collector in collectors][0].reward[0])
-        return reward, bool(self._collector.first[0])
+        steps = [collector.recv() for collector in collectors]
+        return float(steps[0].reward[0]), bool(self._collector.first[0])
 
     def close(self) -> None:
         """Close the environments."""
@@ -85,8 +85,10 @@ def action_names(env: VectorEnv, env_id: str) -> list[str]:
     spec = resolve(env_id)
     if not is_atari(spec):
         return [str(number) for number in range(count)]
-    with gymnasium.make(spec.id, full_action_space=count == 18) as one:
-        return list(one.unwrapped.get_action_meanings())  # type: ignore[attr-defined]  (AtariEnv)
+    one = gymnasium.make(spec.id, full_action_space=count == 18)
+    names = list(one.unwrapped.get_action_meanings())  # type: ignore[attr-defined]  (AtariEnv)
+    one.close()
+    return names
 
 
 def _drawn(env_id: str, **keywords: Any) -> gymnasium.Env:

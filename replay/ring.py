@@ -52,7 +52,13 @@ class Ring:
             )
         self.num_envs, self.stack, self.n_step, self.gamma, self.rng = num_envs, stack, n_step, gamma, rng
         total = num_envs * self.slots
-        leaves = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+        if stack > 1 and isinstance(observation_space, spaces.Dict):
+            raise ValueError("the replay stacks plain observations, not Dict ones")
+        leaves = (
+            observation_space.spaces
+            if isinstance(observation_space, spaces.Dict)
+            else {"": observation_space}
+        )
         self._frames = {name: _storage(total, space, 1 if stack > 1 else 0) for name, space in leaves.items()}
         self._action = _storage(total, action_space, 0)
         self._reward = np.zeros(total, np.float32)
@@ -65,11 +71,18 @@ class Ring:
     @property
     def nbytes(self) -> int:
         """Bytes of everything kept, the borders included."""
-        arrays = [*self._frames.values(), *self._last.values(), self._action, self._reward, self._flag, self._age]
+        arrays = [
+            *self._frames.values(),
+            *self._last.values(),
+            self._action,
+            self._reward,
+            self._flag,
+            self._age,
+        ]
         return sum(array.nbytes for array in [*arrays, self._count, self._lane])
 
     def __len__(self) -> int:
-        """Slots from which a sample may start."""
+        """Slots that are searched for samples: all with stack and successor, FINAL ones among them."""
         low, high = self._window()
         return int((high - low).sum())
 
@@ -160,7 +173,11 @@ class Ring:
             raise ValueError("the replay has nothing to sample yet")
         chosen = self.rng.integers(ends[-1], size=batch)
         while True:
-            lane = np.searchsorted(ends, chosen, side="right") if self.num_envs > 1 else np.zeros(batch, np.int64)
+            lane = (
+                np.searchsorted(ends, chosen, side="right")
+                if self.num_envs > 1
+                else np.zeros(batch, np.int64)
+            )
             position = chosen - (ends - high)[lane]  # ends - high = (starts before this lane) - low
             final = self._flag[lane * self.slots + position % self.slots] == FINAL
             if not final.any():
@@ -189,7 +206,9 @@ class Ring:
         if self.stack == 1:
             now, later = base + position % self.slots, base + (position + taken) % self.slots
             pairs = {name: (f[now], f[later]) for name, f in self._frames.items()}
-        elif self.n_step == 1:  # the two stacks share all frames but one: read stack + 1 frames, return two views
+        elif (
+            self.n_step == 1
+        ):  # the two stacks share all frames but one: read stack + 1 frames, return two views
             window = self._frames[""][self._stack_index(base, position + 1, self.stack + 1)]
             self._blank(window, base, position + 1)
             pairs = {"": (window[:, :-1], window[:, 1:])}
@@ -202,7 +221,9 @@ class Ring:
         tensors = {name: (torch.from_numpy(a), torch.from_numpy(b)) for name, (a, b) in pairs.items()}
         if "" in tensors:
             return tensors[""]
-        return {name: pair[0] for name, pair in tensors.items()}, {name: pair[1] for name, pair in tensors.items()}
+        return {name: pair[0] for name, pair in tensors.items()}, {
+            name: pair[1] for name, pair in tensors.items()
+        }
 
     def _stack_index(self, base: np.ndarray, last: np.ndarray, depth: int) -> np.ndarray:
         return base[:, None] + (last[:, None] + np.arange(1 - depth, 1)) % self.slots  # (B, depth)
@@ -218,5 +239,7 @@ class Ring:
 
 def _storage(total: int, space: spaces.Space[Any], skip: int) -> np.ndarray:
     if space.shape is None or space.dtype is None:
-        raise ValueError(f"the replay stores Box, Discrete, MultiDiscrete and MultiBinary leaves, got {space}")
+        raise ValueError(
+            f"the replay stores Box, Discrete, MultiDiscrete and MultiBinary leaves, got {space}"
+        )
     return np.zeros((total, *space.shape[skip:]), space.dtype)

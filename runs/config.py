@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import re
 import types
 import typing
@@ -64,7 +65,9 @@ def pick(kind: str, name: str, choices: Mapping[str, Any]) -> Any:
     """Return `choices[name]`, or raise a `UserError` that lists what is allowed."""
     if name in choices:
         return choices[name]
-    raise UserError(f"unknown {kind} {name!r}.{nearest(name, choices)} Allowed: {', '.join(sorted(choices))}.")
+    raise UserError(
+        f"unknown {kind} {name!r}.{nearest(name, choices)} Allowed: {', '.join(sorted(choices))}."
+    )
 
 
 def fields(owner: Callable[..., Any]) -> list[Field]:
@@ -72,7 +75,7 @@ def fields(owner: Callable[..., Any]) -> list[Field]:
     init = owner.__init__ if inspect.isclass(owner) else owner
     hints = typing.get_type_hints(owner if dataclasses.is_dataclass(owner) else init, include_extras=True)
     found = []
-    for name, parameter in inspect.signature(owner).parameters.items():
+    for name, parameter in inspect.signature(typing.cast(Callable[..., Any], owner)).parameters.items():
         hint = hints.get(name)
         knob = next((item for item in getattr(hint, "__metadata__", ()) if type(item) is Knob), None)
         if knob is not None:
@@ -101,7 +104,9 @@ def _check_value(field: Field, value: Any) -> None:
         if isinstance(number, (int, float)) and not isinstance(number, bool):
             if not math.isfinite(number) or (knob.low is not None and number < knob.low):
                 raise UserError(f"{field.flag} must be {allowed}, got {value!r}")
-            if (knob.above is not None and number <= knob.above) or (knob.high is not None and number > knob.high):
+            if (knob.above is not None and number <= knob.above) or (
+                knob.high is not None and number > knob.high
+            ):
                 raise UserError(f"{field.flag} must be {allowed}, got {value!r}")
 
 
@@ -150,21 +155,29 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **keywords: Any) -> None:
         """Fix what every command shares: no abbreviations, help that keeps its lines within 80 columns."""
-        super().__init__(allow_abbrev=False, formatter_class=_Help, argument_default=argparse.SUPPRESS, **keywords)
+        super().__init__(
+            allow_abbrev=False, formatter_class=_Help, argument_default=argparse.SUPPRESS, **keywords
+        )
         self._negative_number_matcher = re.compile(r"^-(\d|\.\d|inf)")  # argparse's takes -1e-3 for a flag
 
     def error(self, message: str) -> typing.NoReturn:
         """Raise instead of exiting, so that one place prints errors."""
         raise UserError(re.sub(r"^argument \S+: (?=--)", "", message))  # our own messages begin with the flag
 
-    def add_knobs(self, title: str, owner: Callable[..., Any], defaults: Mapping[str, Any] | None = None) -> None:
+    def add_knobs(
+        self, title: str, owner: Callable[..., Any], defaults: Mapping[str, Any] | None = None
+    ) -> None:
         """Add a group with one flag for each knob of `owner`; flags that are not given stay out of the result."""
         group = self.add_argument_group(title)
         for field in fields(owner):
-            if field.flag in self._option_string_actions:  # two rooms may share a knob; the first one shows it
+            if (
+                field.flag in self._option_string_actions
+            ):  # two rooms may share a knob; the first one shows it
                 continue
             default = (defaults or {}).get(field.name, field.default)
-            shown = "" if default is None or default == () or default == "" else f" (default {_show(default)})"
+            shown = (
+                "" if default is None or default == () or default == "" else f" (default {_show(default)})"
+            )
             choices = f": {', '.join(field.knob.choices)}" if field.knob.choices else ""
             text = (field.knob.help + choices + shown).replace("%", "%%")
             if field.type is bool:
@@ -182,9 +195,13 @@ class Parser(argparse.ArgumentParser):
         for word in unknown:
             name = word.split("=")[0]
             if name.startswith("-"):
-                raise UserError(f"unknown flag {name}.{nearest(name, self._option_string_actions)} See --help.")
+                raise UserError(
+                    f"unknown flag {name}.{nearest(name, self._option_string_actions)} See --help."
+                )
             raise UserError(f"unexpected argument {word!r}. See --help.")
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+        return {
+            name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()
+        }
 
 
 class _Help(argparse.HelpFormatter):
@@ -208,7 +225,9 @@ def _reader(field: Field) -> Callable[[str], Any]:
         except UserError as error:  # argparse replaces the message of any other ValueError by its own
             raise argparse.ArgumentTypeError(str(error)) from None
         except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(f"{field.flag} must be {_allowed(field)}, got {text!r}") from None
+            raise argparse.ArgumentTypeError(
+                f"{field.flag} must be {_allowed(field)}, got {text!r}"
+            ) from None
         return value
 
     return read

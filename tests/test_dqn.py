@@ -82,7 +82,9 @@ def test_update_is_one_step_of_adam_with_the_gradient_clipped() -> None:
     twin.target.load_state_dict(before.state_dict())
     twin.loss(batch_of(16))[0].backward()
     norm = torch.cat([p.grad.flatten() for p in twin.online.parameters() if p.grad is not None]).norm()
-    for old, new, raw in zip(before.parameters(), agent.online.parameters(), twin.online.parameters(), strict=True):
+    for old, new, raw in zip(
+        before.parameters(), agent.online.parameters(), twin.online.parameters(), strict=True
+    ):
         assert raw.grad is not None
         g = raw.grad * 0.05 / (norm + 1e-6)
         torch.testing.assert_close(new, old - 0.01 * g / (g.abs() + 1e-8))  # Adam's first step
@@ -94,7 +96,9 @@ def test_target_net_follows_hard_or_soft(tau: float, every: int) -> None:
     for number in range(1, 7):
         before = [p.clone() for p in agent.target.parameters()]
         agent.update(batch_of(16, seed=number))
-        for old, new, online in zip(before, agent.target.parameters(), agent.online.parameters(), strict=True):
+        for old, new, online in zip(
+            before, agent.target.parameters(), agent.online.parameters(), strict=True
+        ):
             expected = old if number % every else old + tau * (online - old)
             torch.testing.assert_close(new, expected, atol=1e-7, rtol=1e-6)
 
@@ -103,7 +107,9 @@ def test_target_copy_is_exact_when_hard() -> None:
     agent = built(target_every=2)
     for number in range(2):
         agent.update(batch_of(16, seed=number))
-    assert all(torch.equal(a, b) for a, b in zip(agent.online.parameters(), agent.target.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(agent.online.parameters(), agent.target.parameters(), strict=True)
+    )
 
 
 def test_schedules() -> None:
@@ -122,7 +128,9 @@ def test_updates_per_step_do_not_depend_on_the_number_of_envs(num_envs: int) -> 
 
 @pytest.mark.parametrize("num_envs", [1, 4])
 def test_the_loop_keeps_the_ratio(num_envs: int) -> None:
-    agent, _ = trained("chordate/Identity-v0", 400, num_envs=num_envs, learning_starts=100, train_every=4, updates=2)
+    agent, _ = trained(
+        "chordate/Identity-v0", 400, num_envs=num_envs, learning_starts=100, train_every=4, updates=2
+    )
     assert agent.updates == 150
 
 
@@ -159,7 +167,9 @@ def test_overlap_changes_no_bit() -> None:
     from envs import EnvConfig
 
     def run(overlap: bool) -> str:
-        knobs = dict(env_config=EnvConfig(size=24), learning_starts=40, train_every=4, batch=8, capacity=1_000)
+        knobs = dict(
+            env_config=EnvConfig(size=24), learning_starts=40, train_every=4, batch=8, capacity=1_000
+        )
         net = {"net": "light", "features": 16}
         return digest(trained("ALE/Pong-v5", 120, num_envs=2, overlap=overlap, net=net, **knobs)[0])
 
@@ -216,7 +226,14 @@ def test_probe_discounts_a_delayed_reward() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_policies_of_diagnostic_envs(name: str, seed: int) -> None:
     _, watch = trained(
-        f"chordate/{name}-v0", 2_500, seed=seed, num_envs=4, gamma=0.9, epsilon_steps=1_200, epsilon_end=0.0, **QUICK
+        f"chordate/{name}-v0",
+        2_500,
+        seed=seed,
+        num_envs=4,
+        gamma=0.9,
+        epsilon_steps=1_200,
+        epsilon_end=0.0,
+        **QUICK,
     )
     best = {"ProbeAction": 1.0, "ProbeMatch": 1.0, "Identity": None, "DelayedChain": None}[name]
     returns = np.array([r for _, r, _ in watch.episodes])

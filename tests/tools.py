@@ -48,7 +48,9 @@ class Quiet:
             self.between(step)
 
 
-def built(seed: int = 0, space: spaces.Space[Any] = VECTOR, actions: int = 2, compute: Compute = CPU, **knobs: Any) -> DQN:
+def built(
+    seed: int = 0, space: spaces.Space[Any] = VECTOR, actions: int = 2, compute: Compute = CPU, **knobs: Any
+) -> DQN:
     """A small DQN with networks."""
     torch.set_num_threads(compute.threads)
     net = knobs.pop("net", {"hidden": (32,)})
@@ -71,15 +73,22 @@ def batch_of(size: int, actions: int = 2, seed: int = 0) -> Batch:
     )
 
 
-def trained(env_id: str, steps: int, *, seed: int = 0, num_envs: int = 1, overlap: bool = True, **knobs: Any) -> tuple[DQN, Quiet]:
+def trained(
+    env_id: str, steps: int, *, seed: int = 0, num_envs: int = 1, overlap: bool = True, **knobs: Any
+) -> tuple[DQN, Quiet]:
     """Train a DQN on an environment through the real loop."""
     register()
     between, config = knobs.pop("between", None), knobs.pop("env_config", envs.EnvConfig())
     env = envs.make(env_id, num_envs, seed, config)
     agent = built(seed, env.single_observation_space, int(env.single_action_space.n), **knobs)  # type: ignore[attr-defined]
     replay = Ring(
-        agent.config.capacity, num_envs, env.single_observation_space, env.single_action_space,
-        stack=envs.frame_stack(env), n_step=agent.config.n_step, gamma=agent.config.gamma,
+        agent.config.capacity,
+        num_envs,
+        env.single_observation_space,
+        env.single_action_space,
+        stack=envs.frame_stack(env),
+        n_step=agent.config.n_step,
+        gamma=agent.config.gamma,
         rng=np.random.default_rng(seed),
     )
     watch, collector = Quiet(between), Collector(env, seed, overlap=overlap)
@@ -90,5 +99,7 @@ def trained(env_id: str, steps: int, *, seed: int = 0, num_envs: int = 1, overla
 
 def digest(agent: DQN) -> str:
     """A hash of all weights, bit by bit."""
-    data = b"".join(tensor.detach().contiguous().numpy().tobytes() for tensor in agent.online.state_dict().values())
+    data = b"".join(
+        tensor.detach().contiguous().numpy().tobytes() for tensor in agent.online.state_dict().values()
+    )
     return hashlib.sha256(data).hexdigest()

@@ -18,7 +18,7 @@ import numpy as np
 
 import backbones
 import envs
-from agents import AGENTS, load, presets
+from agents import load, presets
 from agents.base import Agent
 from agents.evaluate import Evaluator
 from agents.loop import off_policy
@@ -40,7 +40,9 @@ class RunConfig:
     seed: Annotated[int, Knob("everything random follows from it", low=0)] = 0
     num_envs: Annotated[int, Knob("environments stepped together", low=1)] = 1
     backbone: Annotated[str, Knob("mlp or cnn; chosen by the observation", metavar="NAME")] = ""
-    vectorization: Annotated[str, Knob("of environments", choices=("auto", "sync", "async", "vector"))] = "auto"
+    vectorization: Annotated[str, Knob("of environments", choices=("auto", "sync", "async", "vector"))] = (
+        "auto"
+    )
     log_every: Annotated[int, Knob("steps between rows of metrics", low=1)] = 1_000
     eval_every: Annotated[int, Knob("steps between evaluations; 0: only at the end", low=0)] = 25_000
     eval_episodes: Annotated[int, Knob("greedy episodes of an evaluation", low=1)] = 10
@@ -74,22 +76,38 @@ def owners(agent: str, backbone: str) -> dict[str, Callable[..., Any]]:
     }
 
 
-def resolve(agent: str, given: Mapping[str, Any], file: Mapping[str, Any], preset: str | None) -> dict[str, Any]:
+def resolve(
+    agent: str,
+    given: Mapping[str, Any],
+    file: Mapping[str, Any],
+    preset: str | None,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
     """All settings of a run: default < preset < file < given.
 
     Raises: UserError for an unknown agent, backbone, preset or setting, naming the nearest.
     """
     load(agent)
     asked = {**file, **given}
-    spec = envs.resolve(asked.get("env") or "")
+    spec = envs.resolve(asked.get("env") or "", say)
     name, chosen = presets.choose(agent, spec.id, preset)
     merged = {**chosen, **asked, "agent": agent, "env": spec.id, "preset": name}
     if not merged.get("backbone"):
         merged["backbone"] = _default_backbone(merged)
-    known = {field.name: field.default for owner in owners(agent, merged["backbone"]).values() for field in fields(owner)}
-    for key in merged:
+    known = {
+        field.name: field.default
+        for owner in owners(agent, merged["backbone"]).values()
+        for field in fields(owner)
+    }
+    for key in asked:
         if key not in known and key not in ("agent", "preset"):
-            raise UserError(f"unknown setting {key!r} for {agent} on {merged['backbone']}.{nearest(key, known)}")
+            raise UserError(
+                f"unknown setting {key!r} for {agent} on {merged['backbone']}.{nearest(key, known)}"
+            )
+    for key in (
+        chosen.keys() - known.keys()
+    ):  # knobs of the preset's backbone, where another one was asked for
+        del merged[key]
     return {"agent": agent, "preset": name, **known, **merged}
 
 
@@ -102,7 +120,13 @@ def parts(settings: Mapping[str, Any]) -> tuple[RunConfig, Any, dict[str, Any], 
     run, agent, net, env, compute = dealt
     check(EnvConfig, env)
     check(ComputeConfig, compute)
-    return RunConfig(**run), load(settings["agent"]).Config(**agent), net, EnvConfig(**env), ComputeConfig(**compute)
+    return (
+        RunConfig(**run),
+        load(settings["agent"]).Config(**agent),
+        net,
+        EnvConfig(**env),
+        ComputeConfig(**compute),
+    )
 
 
 def train(
@@ -125,33 +149,54 @@ def train(
     if not isinstance(agent, str):
         settings = {**dataclasses.asdict(agent.config), "backbone": agent.backbone, **agent.net, **settings}
         agent, preset = agent.name, "none"
-    resolved = resolve(agent, {**settings, "env": env}, file or {}, preset)
+    resolved = resolve(agent, {**settings, "env": env}, file or {}, preset, say or print)
     return _train(resolved, run, root, say or print)
 
 
-def _train(settings: dict[str, Any], path: str | Path | None, root: str | Path, say: Callable[[str], None]) -> Result:
+def _train(
+    settings: dict[str, Any], path: str | Path | None, root: str | Path, say: Callable[[str], None]
+) -> Result:
     config, agent_config, net, env_config, compute_config = parts(settings)
     begun = time.perf_counter()
-    streams = dict(zip(("agent", "envs", "replay", "evaluation"), np.random.SeedSequence(config.seed).spawn(4), strict=True))
+    streams = dict(
+        zip(
+            ("agent", "envs", "replay", "evaluation"),
+            np.random.SeedSequence(config.seed).spawn(4),
+            strict=True,
+        )
+    )
     env = envs.make(
         config.env, config.num_envs, config.seed, env_config, vectorization=config.vectorization, say=say
     )
     say(envs.describe(env))
     say(f"preset {settings['preset']}; backbone {settings['backbone']}")
     agent = load(settings["agent"])(agent_config, backbone=settings["backbone"], net=net)
-    updates = max(config.steps - agent_config.learning_starts, 0) // agent_config.train_every * agent_config.updates
+    updates = (
+        max(config.steps - agent_config.learning_starts, 0) // agent_config.train_every * agent_config.updates
+    )
     compute = choose(compute_config, image=settings["backbone"] != "mlp", updates=updates, say=say)
     agent.build(env.single_observation_space, env.single_action_space, compute, streams["agent"], say)
     replay = _ring(agent_config, config, env, np.random.default_rng(streams["replay"]), env_config)
-    settings = {**settings, **dataclasses.asdict(compute)}
+    chosen = {**dataclasses.asdict(compute), "compile": "on" if compute.compile else "off"}
+    settings = {**settings, **chosen}  # a rerun of config.json repeats the choice
     evaluator = Evaluator(config.env, env_config, config.eval_episodes, _number(streams["evaluation"]))
     run = Run.create(settings, root=root, path=path)
     say(f"{compute}; run folder {run.path}")
     title = f"{settings['agent']} on {config.env}"
     with Stop() as stop, run, Panel(title, config.steps, folder=run.path) as panel:
         watch = Watch(
-            agent, run, panel, stop, evaluator, envs.frame_skip(env), config.log_every, config.eval_every,
-            config.checkpoint_every, config.steps, config.video, begun,
+            agent,
+            run,
+            panel,
+            stop,
+            evaluator,
+            envs.frame_skip(env),
+            config.log_every,
+            config.eval_every,
+            config.checkpoint_every,
+            config.steps,
+            config.video,
+            begun,
         )
         collector = Collector(env, _number(streams["envs"]))
         step = off_policy(agent, collector, replay, watch, config.steps)
@@ -186,7 +231,7 @@ def _train(settings: dict[str, Any], path: str | Path | None, root: str | Path, 
 def restore(path: str | Path, which: str) -> tuple[Agent, dict[str, Any], EnvConfig]:
     """The agent of a saved run with its "best" or "latest" weights, the run's settings, and its environment knobs."""
     run = Run.open(path)
-    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in run.config.items()}
+    settings: dict[str, Any] = run.config
     try:
         config, agent_config, net, env_config, _ = parts(settings)
     except KeyError as error:
@@ -196,9 +241,13 @@ def restore(path: str | Path, which: str) -> tuple[Agent, dict[str, Any], EnvCon
     env = envs.make(config.env, 1, 0, env_config)
     compute = choose(
         ComputeConfig(precision=settings["precision"], compile="off"),
-        image=settings["backbone"] != "mlp", updates=0, say=lambda line: None,
+        image=settings["backbone"] != "mlp",
+        updates=0,
+        say=lambda line: None,
     )
-    agent.build(env.single_observation_space, env.single_action_space, compute, np.random.SeedSequence(0), print)
+    agent.build(
+        env.single_observation_space, env.single_action_space, compute, np.random.SeedSequence(0), print
+    )
     agent.load_state_dict(state)
     env.close()
     return agent, settings, env_config
@@ -219,15 +268,22 @@ def _ring(agent: Any, config: RunConfig, env: Any, rng: np.random.Generator, env
     """The replay; UserError if it cannot hold one sample or exceeds the memory that is free."""
     try:
         ring = Ring(
-            min(agent.capacity, config.steps + config.steps // 4 + 1_000), config.num_envs, env.single_observation_space,
-            env.single_action_space, stack=envs.frame_stack(env), n_step=agent.n_step, gamma=agent.gamma, rng=rng,
+            min(agent.capacity, config.steps + config.steps // 4 + 1_000),
+            config.num_envs,
+            env.single_observation_space,
+            env.single_action_space,
+            stack=envs.frame_stack(env),
+            n_step=agent.n_step,
+            gamma=agent.gamma,
+            rng=rng,
         )
     except ValueError as error:
         raise UserError(f"--capacity: {error}") from None
     free = _free_memory()
     if free is not None and ring.nbytes > free:
         raise UserError(
-            f"--capacity {agent.capacity}: the replay would need {ring.nbytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+            f"--capacity {agent.capacity}: the replay would need {ring.nbytes / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB are free"
         )
     return ring
 

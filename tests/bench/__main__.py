@@ -1,0 +1,152 @@
+"""The command: measure each part in turn, print one table; whatever the figures, the exit code is 0."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from agents.run import guarded
+from runs.config import Parser, UserError, pick
+from runs.origin import origin
+from tests.bench.works import WORKS
+
+NAMES = (*WORKS, "memory", "ceiling")
+BYTES, FIRST_UPDATE = 7_300, 30.0  # promised: of a transition (so a million fit in 7.5 GB); seconds
+Found = dict[str, Any]
+
+
+@dataclass
+class Bench:
+    """Measures one thing after the other, each in a fresh process; the cache of compiled code starts empty."""
+
+    folder: str
+    quick: bool
+    rounds: int
+    console: Console
+
+    def measure(self, name: str, names: list[str]) -> Found:
+        """All numbers of a benchmark; a comparison goes A B A B."""
+        if name == "memory":
+            return self.part("memory", name, 20_000 if self.quick else 1_000_000)
+        if name == "ceiling":
+            works = [each for each in names if each in WORKS] or list(WORKS)
+            return {each: self.part("ceiling", each, 0.3 if self.quick else 1.5) for each in works}
+        work = WORKS[name]
+        seconds = 1.0 if self.quick else 8.0 if work.frame_skip > 1 else 5.0
+        found: Found = {side: [] for side in ("ours", *work.peers)}
+        for _ in range(1 if self.quick else self.rounds):
+            for side, rounds in found.items():
+                rounds.append(self.part(side, name, seconds))
+                steps, updates = rounds[-1]["steps"] - work.settings["learning_starts"], rounds[-1]["updates"]
+                slack = 2 * max(work.settings["updates"], work.num_envs * work.updates_per_step)
+                if abs(updates - steps * work.updates_per_step) > slack:
+                    raise RuntimeError(f"{name}, {side}: {updates} updates in {steps} steps are other work")
+        return found
+
+    def part(self, side: str, name: str, amount: float) -> Found:
+        """One measurement; RuntimeError with the end of its output if it breaks."""
+        file, root = Path(self.folder, "part.json"), Path(__file__).parents[2]
+        words = [sys.executable, "-m", "tests.bench.parts", side, name, str(amount), str(file)]
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(self.folder, "compiled"))}
+        with self.console.status(f"{name}: {side}"):
+            done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(words[2:5])} failed:\n{(done.stdout + done.stderr)[-3_000:]}")
+        found = json.loads(file.read_text(encoding="utf-8"))
+        rate = f"{found['steps_per_second']:,.0f} steps/s" if "steps_per_second" in found else "done"
+        self.console.print(f"{name}: {side} {rate}", style="dim", highlight=False)
+        return found
+
+
+def table(results: dict[str, Found], title: str) -> Table:
+    """What was promised and what was found; `limit` is the rate of emulation, acting and update in sequence."""
+    grid = Table("work", "ours", "peer", "ratio", "target", "of limit", "", title=title, show_lines=True)
+    races = {name: found for name, found in results.items() if name in WORKS}
+    for name, found in races.items():
+        grid.add_row(name, *_race(name, found, results.get("ceiling", {}).get(name)))
+    for name, found in races.items():
+        if WORKS[name].frame_skip > 1:  # Atari; the first round compiles everything anew
+            worst = max(one["seconds_to_first_update"] for one in found["ours"])
+            row = (f"{name}\nto first update", f"{worst:.1f} s", "", "", f"<= {FIRST_UPDATE:g} s", "")
+            grid.add_row(*row, _verdict(worst <= FIRST_UPDATE))
+    full = results.get("memory", {})
+    if "skipped" in full:
+        grid.add_row("memory", full["skipped"], "", "", "", "", "skipped")
+    elif full:
+        total, stored = max(full["rss_growth"], full["nbytes"]), full["transitions"]
+        cell = f"{total / stored:,.0f} bytes/step\n{total / 1e9:.2f} GB for {stored:,}"
+        grid.add_row("memory", cell, "", "", f"<= {BYTES:,}", "", _verdict(total / stored <= BYTES))
+    return grid
+
+
+def _race(name: str, found: Found, limit: Found | None) -> list[str]:
+    """Medians with their range; the ratio is that of the medians, its range that of the rounds."""
+    work, rates = WORKS[name], {k: [one["steps_per_second"] for one in v] for k, v in found.items()}
+    own, best = rates["ours"], max(work.peers, key=lambda side: median(rates[side]))
+    ratio, each = median(own) / median(rates[best]), [a / b for a, b in zip(own, rates[best], strict=True)]
+    share = f"{median(own) / limit['limit_steps_per_second']:.0%}" if limit else ""
+    peer, cell = f"{_rates(rates[best], work)}\n{best}", f"{ratio:.2f}\n({min(each):.2f}-{max(each):.2f})"
+    return [_rates(own, work), peer, cell, f">= {work.target:g}", share, _verdict(ratio >= work.target)]
+
+
+def _rates(rates: list[float], work: Any) -> str:
+    low, middle, high = min(rates), median(rates), max(rates)
+    return f"{middle:,.0f} steps/s\n({low:,.0f}-{high:,.0f})\n{middle * work.frame_skip:,.0f} frames/s"
+
+
+def _verdict(good: bool) -> str:
+    return "[green]pass" if good else "[red]fail"
+
+
+def _notes(results: dict[str, Found]) -> list[str]:
+    races = {name: found for name, found in results.items() if name in WORKS}
+    lines = [
+        f"{name}, {side}: {v[0]['compute']}" for name, found in races.items() for side, v in found.items()
+    ]
+    for name, one in results.get("ceiling", {}).items():
+        rates = [f"{k.replace('_per_second', '/s').replace('_', ' ')} {v:,.0f}" for k, v in one.items()]
+        lines.append(f"{name}, each alone: {', '.join(rates)}")
+    return lines
+
+
+def main(arguments: list[str]) -> int:
+    """Measure, print, write."""
+    parser = Parser(prog="python -m tests.bench", description="Speed and memory against Stable-Baselines3.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)} (default all)")
+    parser.add_argument("--json", metavar="FILE", help="write every number")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of a comparison (default 3; quote from 5)")
+    parser.add_argument("--quick", action="store_true", help="a second of each: shows that it works, no more")
+    given = parser.read(arguments)
+    names = list(dict.fromkeys(given.get("names") or NAMES))
+    for name in names:
+        pick("benchmark", name, dict.fromkeys(NAMES))
+    if any(importlib.util.find_spec(name) is None for name in ("stable_baselines3", "cv2", "psutil")):
+        raise UserError('the benchmarks need Stable-Baselines3: pip install "chordate[bench]"')
+    console, facts = Console(), origin()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(folder, given["quick"], max(given.get("rounds", 3), 1), console)
+        results = {name: bench.measure(name, names) for name in names}
+    machine, peer = facts["machine"], f"Stable-Baselines3 {metadata.version('stable-baselines3')}"
+    where = f"{machine['cpu']}, {machine['cores']} cores, torch {facts['versions']['torch']}"
+    console.print(table(results, f"{peer}, {where}\ncommit {facts['commit']}{', QUICK' * given['quick']}"))
+    console.print(*_notes(results), sep="\n", highlight=False, soft_wrap=True)
+    if "json" in given:
+        text = json.dumps({**facts, "quick": given["quick"], "results": results}, indent=1)
+        Path(given["json"]).write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))

@@ -1,0 +1,182 @@
+"""One measurement in a process of its own: `python -m tests.bench.parts SIDE WORK AMOUNT FILE` writes JSON.
+
+Rates are of whole training steps (acting, emulation, replay, updates, logging), after `WARM_UPDATES` updates.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from gymnasium import spaces
+
+import envs
+from agents import AGENTS
+from agents.dqn import DQN
+from agents.training import parts, resolve, train
+from agents.watch import WARM_UPDATES
+from backbones.compute import choose
+from replay import Batch, Transition, Update
+from replay.ring import FINAL, Ring
+from tests.bench.works import WORKS, Work
+
+
+class Timed(DQN):
+    """DQN that asks its run to stop, as Ctrl-C does, `seconds` after it is warm."""
+
+    seconds = 0.0
+    _end = math.inf
+
+    def update(self, batch: Batch) -> Update:
+        done, now = super().update(batch), time.perf_counter()
+        if self.updates == WARM_UPDATES:
+            self._end = now + Timed.seconds
+        elif now >= self._end:
+            self._end = math.inf
+            signal.raise_signal(signal.SIGTERM)
+        return done
+
+
+def ours(work: Work, seconds: float) -> dict[str, Any]:
+    """A real run, folder and all, by the path that the command takes."""
+    Timed.seconds, AGENTS["dqn"] = seconds, (Timed.__module__, "Timed")
+    said: list[tuple[float, str]] = []
+    with tempfile.TemporaryDirectory() as root:
+        options: Any = {"root": root, "preset": "none", "say": lambda line: said.append((time.time(), line))}
+        summary = train("dqn", work.env, **options, **work.settings).summary
+    # the run's own clock starts after the imports, just before it says its first line
+    late = said[0][0] - psutil.Process().create_time()
+    return {
+        "steps_per_second": summary["steps_per_second"]["steady"],
+        "steps": summary["steps"],
+        "updates": summary["updates"],
+        "seconds_to_first_update": late + summary["seconds_to_first_update"],
+        "compute": next(line for _, line in said if "; run folder" in line).split("; run folder")[0],
+    }
+
+
+def peer(work: Work, seconds: float, vectorization: str) -> dict[str, Any]:
+    """The same by Stable-Baselines3, with its own Atari wrappers, and CSV and TensorBoard logs as ours."""
+    import torch
+    from stable_baselines3 import DQN as Peer  # type: ignore[import-not-found]  # comes with the extra "bench"
+    from stable_baselines3.common import env_util, logger, vec_env  # type: ignore[import-not-found]  # likewise
+
+    torch.set_num_threads(work.threads or torch.get_num_threads())
+    policy, copies = (
+        "MlpPolicy",
+        {"n_envs": work.num_envs, "vec_env_cls": getattr(vec_env, vectorization), "seed": 0},
+    )
+    if work.frame_skip == 1:
+        env = env_util.make_vec_env(work.env, **copies)
+    else:  # its wrapper skips frames; sticky actions count by frame, as in ours
+        policy, protocol = "CnnPolicy", {"frameskip": 1, "repeat_action_probability": 0.25}
+        copies |= {"env_kwargs": protocol, "wrapper_kwargs": {"terminal_on_life_loss": False}}
+        env = vec_env.VecFrameStack(env_util.make_atari_env(f"ale_py:{work.env}", **copies), 4)
+    marks: list[
+        tuple[float, int, int]
+    ] = []  # (time, steps, updates) at the first step after a round of updates
+
+    def clock(local: dict[str, Any], _: Any) -> bool:
+        model = local["self"]
+        if model._n_updates >= WARM_UPDATES and (not marks or model._n_updates > marks[-1][2]):
+            marks.append((time.perf_counter(), model.num_timesteps, model._n_updates))
+        return not marks or marks[-1][0] - marks[0][0] < seconds
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = Peer(policy, env, seed=0, device="cpu", **work.peer())
+        model.set_logger(logger.configure(folder, ["csv", "tensorboard"]))
+        model.learn(work.settings["steps"], callback=clock)
+        env.close()
+    (begun, first, _), (ended, last, _) = marks[0], marks[-1]
+    return {
+        "steps_per_second": (last - first) / (ended - begun),
+        "steps": model.num_timesteps,
+        "updates": model._n_updates,
+        "compute": f"cpu, torch threads {torch.get_num_threads()}, fp32, eager update",
+    }
+
+
+def memory(capacity: int, num_envs: int = 8) -> dict[str, Any]:
+    """Fill a ring of Atari observations past its end; see what it counts and what the process grew by."""
+    free, rng = psutil.virtual_memory().available, np.random.default_rng(0)
+    if free < capacity * 8_000:
+        return {"skipped": f"only {free / 1e9:.1f} GB are free"}
+    pool = rng.integers(256, size=(1_000, 1, 84, 84), dtype=np.uint8)
+
+    def draw() -> np.ndarray:  # (N, 4, 84, 84) without a copy: the ring reads the newest frame only
+        return np.broadcast_to(pool[rng.integers(len(pool), size=num_envs)], (num_envs, 4, 84, 84))
+
+    before = psutil.Process().memory_info().rss
+    space = spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    ring = Ring(capacity, num_envs, space, spaces.Discrete(6), stack=4, rng=rng)
+    reward, never = np.ones(num_envs, np.float32), np.zeros(num_envs, bool)
+    obs, first = draw(), ~never
+    for _ in range(ring.slots + 10):
+        next_obs, ended = draw(), rng.random(num_envs) < 1 / 800
+        ring.add(Transition(obs, rng.integers(6, size=num_envs), reward, next_obs, ended, never, first))
+        obs, first = draw() if ended.any() else next_obs, ended
+    grown = psutil.Process().memory_info().rss - before
+    stored = int((ring.state_dict()["flag"] != FINAL).sum())
+    return {"transitions": stored, "rss_growth": grown, "nbytes": ring.nbytes}
+
+
+def ceiling(work: Work, seconds: float) -> dict[str, Any]:
+    """Each part alone, computing as the run chooses to, and the rate if there were nothing else, in sequence."""
+    run, config, net, env_config, compute_config = parts(
+        resolve("dqn", work.settings | {"env": work.env}, {}, "none")
+    )
+    env, agent = envs.make(work.env, run.num_envs, 0, env_config), DQN(config, backbone=run.backbone, net=net)
+    updates = int((run.steps - config.learning_starts) * work.updates_per_step)
+    compute = choose(compute_config, image=run.backbone != "mlp", updates=updates, say=print)
+    seen, acted, rng = env.single_observation_space, env.single_action_space, np.random.default_rng(0)
+    agent.build(seen, acted, compute, np.random.SeedSequence(0))
+    ring = Ring(1_000, run.num_envs, seen, acted, stack=envs.frame_stack(env), rng=rng)
+    collector = envs.Collector(env, 0)
+    for _ in range(50):
+        collector.send(env.action_space.sample())
+        ring.add(collector.recv())
+    obs, first, batch = collector.obs, collector.first, ring.sample(config.batch)
+    actions = [env.action_space.sample() for _ in range(64)]
+    emulation = run.num_envs * _rate(lambda: env.step(actions[rng.integers(64)]), seconds)
+    acting = run.num_envs * _rate(lambda: agent.act(obs, first, (), run.steps), seconds)
+    learning = _rate(lambda: agent.update(batch), 2 * seconds)
+    return {
+        "emulation_steps_per_second": emulation,
+        "acting_steps_per_second": acting,
+        "update_samples_per_second": learning * config.batch,
+        "limit_steps_per_second": 1 / (1 / emulation + 1 / acting + work.updates_per_step / learning),
+    }
+
+
+def _rate(call: Callable[[], Any], seconds: float) -> float:
+    for _ in range(20):  # warm, compiled
+        call()
+    count, begun = 0, time.perf_counter()
+    while (now := time.perf_counter()) < begun + seconds:
+        call()
+        count += 1
+    return count / (now - begun)
+
+
+def main(side: str, name: str, amount: str, file: str) -> None:
+    """Measure and write."""
+    if side == "memory":
+        found = memory(int(amount))
+    elif side in ("ours", "ceiling"):
+        found = {"ours": ours, "ceiling": ceiling}[side](WORKS[name], float(amount))
+    else:
+        found = peer(WORKS[name], float(amount), side)
+    Path(file).write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

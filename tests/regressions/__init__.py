@@ -1,0 +1,1 @@
+"""Pinned traces of short seeded runs; `python -m tests.regressions` rewrites them."""

@@ -1,0 +1,30 @@
+"""Short runs repeat what is pinned, to a tolerance that another processor meets."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.regressions.traces import FOLDER, RUNS, trace
+
+RELATIVE, ABSOLUTE = 2e-3, 2e-5  # fp32 sums in another order, amplified by some dozens of updates
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_trace_is_as_pinned(name: str) -> None:
+    pinned = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    found = trace(name)
+    assert found["updates"] == pinned["updates"]
+    assert found["episodes"] == pinned["episodes"]
+    assert found["weights"].keys() == pinned["weights"].keys()
+    for key in ("loss", "q", "grad_norm", "weights"):
+        assert found[key] == pytest.approx(pinned[key], rel=RELATIVE, abs=ABSOLUTE), key
+
+
+def test_another_seed_is_noticed() -> None:
+    """The tolerance is far finer than what a change of the algorithm does."""
+    pinned = json.loads((FOLDER / "dqn-mlp-cartpole.json").read_text(encoding="utf-8"))
+    found = trace("dqn-mlp-cartpole", seed=2)
+    for key in ("loss", "q", "grad_norm", "weights"):
+        assert found[key] != pytest.approx(pinned[key], rel=RELATIVE, abs=ABSOLUTE), key
