@@ -27,7 +27,7 @@ regressions: .venv/dev  ## rewrite the pinned traces; read the diff before you c
 	$(BIN)/python -m tests.regressions
 
 figures: .venv/run    ## the pictures of README.md, from the committed runs
-	$(BIN)/python -m runs.figures
+	$(BIN)/python -m agents.figures
 
 install: .venv/run    ## the packages a user needs
 

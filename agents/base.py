@@ -68,6 +68,10 @@ class Agent(Protocol):
         """Groups of tensors (`weights`, `optimizer`, ...) and of plain numbers (`counters`), ready to be saved."""
         ...
 
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Take only the weights that acting needs."""
+        ...
+
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Take back what `state_dict` gave."""
         ...

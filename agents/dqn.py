@@ -227,6 +227,10 @@ class DQN:
             "counters": {"updates": self.updates, "exploration": self._rng.bit_generator.state},
         }
 
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """See `Agent.load_weights`."""
+        self.online.load_state_dict(weights)
+
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """See `Agent.load_state_dict`."""
         self.online.load_state_dict(state["weights"])

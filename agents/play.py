@@ -55,18 +55,19 @@ def main(arguments: list[str]) -> int:
     for number in range(given.get("episodes", 1)):
         films.append(film(agent, env_id, env_config, seed + number, given.get("steps", MOST_STEPS)))
         print(f"episode {number + 1}: return {films[-1].return_:g} in {len(films[-1].frames)} steps")
-    pictures = _pictures(films, env_id, given["explain"])
+    shown = pictures(films, env_id, given["explain"])
     if given.get("render") == "human":
-        _show(pictures, fps)
+        _show(shown, fps)
         return 0
     from runs.video import write_mp4
 
-    count = write_mp4(path, pictures, fps)
+    count = write_mp4(path, shown, fps)
     print(f"{count} frames at {fps:g} a second written to {path}")
     return 0
 
 
-def _pictures(films: list[Film], env_id: str, explained: bool) -> Iterator[np.ndarray]:
+def pictures(films: list[Film], env_id: str, explained: bool) -> Iterator[np.ndarray]:
+    """What a person sees of each step, with the agent's values beside it where that is asked for."""
     from runs.video import enlarge, explain
 
     names: list[str] = []

@@ -248,7 +248,7 @@ def restore(path: str | Path, which: str) -> tuple[Agent, dict[str, Any], EnvCon
     agent.build(
         env.single_observation_space, env.single_action_space, compute, np.random.SeedSequence(0), print
     )
-    agent.load_state_dict(state)
+    agent.load_weights(state["weights"])
     env.close()
     return agent, settings, env_config
 

@@ -118,7 +118,7 @@ class Watch:
         returns = np.array([episode.return_ for episode in episodes])
         self.evaluation = {"mean": returns.mean(), "std": returns.std(), "episodes": len(returns)}
         if self.run.evaluation(step, returns, self.seconds):
-            self.run.save_best(self._state(step))
+            self.run.save_best({"weights": self.agent.state_dict()["weights"], "counters": {"step": step}})
         self.panel.say(
             f"step {step:,}: greedy return {returns.mean():.2f} +- {returns.std():.2f}, {len(returns)} episodes"
         )

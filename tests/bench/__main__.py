@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -71,8 +72,10 @@ class Bench:
 
 
 def table(results: dict[str, Found], title: str) -> Table:
-    """What was promised and what was found; `limit` is the rate of emulation, acting and update in sequence."""
-    grid = Table("work", "ours", "peer", "ratio", "target", "of limit", "", title=title, show_lines=True)
+    """What was promised and what was found."""
+    grid = Table(title=title, box=box.HORIZONTALS, show_lines=True, pad_edge=False, title_justify="left")
+    for heading in ("work", "ours", "peer", "ratio", "target", "of\nlimit", ""):
+        grid.add_column(heading, no_wrap=True)
     races = {name: found for name, found in results.items() if name in WORKS}
     for name, found in races.items():
         grid.add_row(name, *_race(name, found, results.get("ceiling", {}).get(name)))
@@ -86,7 +89,7 @@ def table(results: dict[str, Found], title: str) -> Table:
         grid.add_row("memory", full["skipped"], "", "", "", "", "skipped")
     elif full:
         total, stored = max(full["rss_growth"], full["nbytes"]), full["transitions"]
-        cell = f"{total / stored:,.0f} bytes/step\n{total / 1e9:.2f} GB for {stored:,}"
+        cell = f"{total / stored:,.0f} bytes/step\n{total / 1e9:.2f} GB for\n{stored:,}"
         grid.add_row("memory", cell, "", "", f"<= {BYTES:,}", "", _verdict(total / stored <= BYTES))
     return grid
 
@@ -97,13 +100,13 @@ def _race(name: str, found: Found, limit: Found | None) -> list[str]:
     own, best = rates["ours"], max(work.peers, key=lambda side: median(rates[side]))
     ratio, each = median(own) / median(rates[best]), [a / b for a, b in zip(own, rates[best], strict=True)]
     share = f"{median(own) / limit['limit_steps_per_second']:.0%}" if limit else ""
-    peer, cell = f"{_rates(rates[best], work)}\n{best}", f"{ratio:.2f}\n({min(each):.2f}-{max(each):.2f})"
+    peer, cell = f"{_rates(rates[best], work)}\n{best}", f"{ratio:.2f}\n{min(each):.2f}-{max(each):.2f}"
     return [_rates(own, work), peer, cell, f">= {work.target:g}", share, _verdict(ratio >= work.target)]
 
 
 def _rates(rates: list[float], work: Any) -> str:
     low, middle, high = min(rates), median(rates), max(rates)
-    return f"{middle:,.0f} steps/s\n({low:,.0f}-{high:,.0f})\n{middle * work.frame_skip:,.0f} frames/s"
+    return f"{middle:,.0f} steps/s\n{low:,.0f}-{high:,.0f}\n{middle * work.frame_skip:,.0f} frames/s"
 
 
 def _verdict(good: bool) -> str:

@@ -169,12 +169,12 @@ def _rate(call: Callable[[], Any], seconds: float) -> float:
 
 def main(side: str, name: str, amount: str, file: str) -> None:
     """Measure and write."""
+    alone = {"ours": ours, "ceiling": ceiling}
     if side == "memory":
         found = memory(int(amount))
-    elif side in ("ours", "ceiling"):
-        found = {"ours": ours, "ceiling": ceiling}[side](WORKS[name], float(amount))
     else:
-        found = peer(WORKS[name], float(amount), side)
+        work, seconds = WORKS[name], float(amount)
+        found = alone[side](work, seconds) if side in alone else peer(work, seconds, side)
     Path(file).write_text(json.dumps(found), encoding="utf-8")
 
 
