@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
 class QHead(nn.Module):
     """Action values, one linear layer.
 
-    Shapes: features (B, F) -> q (B, A), fp32.
+    Computed in fp32 also under autocast: bf16 has three digits, less than the differences between actions need.
+    Shapes: features (B, F) -> q (B, A).
     """
 
     def __init__(self, features: int, actions: int) -> None:
@@ -18,4 +20,5 @@ class QHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Values of all actions."""
-        return self.q(features).float()
+        with torch.autocast(features.device.type, enabled=False):
+            return self.q(features.float())

@@ -125,6 +125,7 @@ class Watch:
         self.run.histogram(step, "q/values", self.evaluator.values)
         if self.video:
             self._film(step)
+        self.panel.update(step, step * self.frame_skip, status="")
         self._aside += time.perf_counter() - begun
 
     def _film(self, step: int) -> None:

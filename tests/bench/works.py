@@ -28,7 +28,7 @@ PONG = (
     }
     | {"capacity": 50_000, "epsilon_start": 0.05, "epsilon_end": 0.05}
 )
-CARTPOLE = PRESETS["cartpole"].settings | {"backbone": "mlp", "epsilon_start": 0.04}
+CARTPOLE = PRESETS["cartpole"].settings | {"backbone": "mlp", "double": False, "epsilon_start": 0.04}
 ZOO = {"target_update_interval": 10, "policy_kwargs": {"net_arch": [256, 256]}}
 
 
