@@ -56,6 +56,10 @@ class Agent(Protocol):
         """What the agent expects: action values (N, A) or state values (N, 1), of obs (N, *S)."""
         ...
 
+    def probabilities(self, obs: Any) -> np.ndarray:
+        """The probability of each action (N, A) when it does not explore."""
+        ...
+
     def exploration(self, step: int) -> float:
         """How much the agent explores at a step (epsilon), for the logs."""
         ...
@@ -85,16 +89,3 @@ def linear(start: float, end: float, steps: int, step: int) -> float:
 def due(every: int, before: int, now: int) -> int:
     """How many multiples of `every` lie in (before, now]; the same in total for any number of environments."""
     return now // every - before // every
-
-
-def flat_state(state: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """An optimiser's nested state with one tensor a name, as safetensors stores it."""
-    import torch
-
-    flat: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if isinstance(value, dict):
-            flat |= flat_state(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = torch.as_tensor(value)
-    return flat

@@ -28,10 +28,11 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 import backbones
-from agents.base import State, flat_state, linear
+from agents.adam import Adam
+from agents.base import State, linear
 from agents.heads import QHead
 from backbones.base import Backbone
-from backbones.compute import Compute, guarded_compile
+from backbones.compute import Compute, copy_weights, guarded_compile
 from replay import Batch, Decision, Update
 from runs.config import Knob, UserError, check
 
@@ -41,6 +42,8 @@ class Config:
     """The knobs of DQN; steps are agent decisions over all environments."""
 
     lr: Annotated[float, Knob("Adam step size", above=0)] = 1e-4
+    lr_end: Annotated[float | None, Knob("Adam step size in the end; by itself lr", above=0)] = None
+    lr_steps: Annotated[int, Knob("steps from lr to lr_end", low=1)] = 1_000_000
     gamma: Annotated[float, Knob("discount of one step", low=0, high=1)] = 0.99
     batch: Annotated[int, Knob("samples of one update", low=1)] = 32
     train_every: Annotated[int, Knob("steps between rounds of updates", low=1)] = 4
@@ -57,7 +60,7 @@ class Config:
     epsilon_start: Annotated[float, Knob("share of random actions at first", low=0, high=1)] = 1.0
     epsilon_end: Annotated[float, Knob("share of random actions in the end", low=0, high=1)] = 0.05
     epsilon_steps: Annotated[int, Knob("steps from the first to the last epsilon", low=1)] = 50_000
-    clip_reward: Annotated[bool, Knob("learn from the sign of rewards")] = False
+    clip_reward: Annotated[bool, Knob("learn from the sign of each reward")] = False
 
     def __post_init__(self) -> None:
         """Raises: UserError for a value out of range."""
@@ -152,10 +155,22 @@ class DQN:
             )
             self.online = QNet(backbone, self.actions).to(compute.device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
-        self.optimizer = torch.optim.Adam(
-            self.online.parameters(), lr=self.config.lr, eps=self.config.adam_eps, fused=True
+        config = self.config
+        self.optimizer = Adam(
+            self.online.parameters(),
+            lr=config.lr,
+            lr_end=config.lr_end,
+            decay=max(config.lr_steps // config.train_every * config.updates, 1),
+            eps=config.adam_eps,
+            max_norm=config.max_grad_norm,
         )
-        self._loss = guarded_compile(self.loss, say) if compute.compile else self.loss
+        self._learn = guarded_compile(self.learn, say) if compute.compile else self.learn
+        # acting reads a copy in the precision of the layers: casting all weights at each step costs more than acting
+        self._actor = self.online
+        if compute.precision == "bf16":
+            self._actor = copy.deepcopy(self.online).requires_grad_(False)
+            self._actor.backbone.to(torch.bfloat16)
+        self._acts_with = self.updates
 
     @property
     def parameters(self) -> int:
@@ -185,17 +200,23 @@ class DQN:
 
     def values(self, obs: Any) -> np.ndarray:
         """Q(s, .) (N, A) of numpy observations (N, *S)."""
+        if self._acts_with != self.updates:
+            copy_weights(self.online, self._actor)
+            self._acts_with = self.updates
         with torch.inference_mode(), self.compute.autocast():
-            return self.online(_to(obs, self.compute.device)).cpu().numpy()
+            return self._actor(_to(obs, self.compute.device)).cpu().numpy()
+
+    def probabilities(self, obs: Any) -> np.ndarray:
+        """See `Agent.probabilities`: 1 for the greedy action."""
+        return np.eye(self.actions, dtype=np.float32)[self.values(obs).argmax(axis=1)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The loss (), metrics, and the TD error (B,); pure but for reading the nets, so that it compiles."""
-        reward = batch.reward.sign() if self.config.clip_reward else batch.reward
+        """The loss (), metrics, and the TD error (B,)."""
         with self.compute.autocast():
             with torch.no_grad():
                 next_q = self.target(batch.next_obs)
                 select_q = self.online(batch.next_obs) if self.config.double else next_q
-                target = q_target(reward, batch.discount, next_q, select_q)
+                target = q_target(batch.reward, batch.discount, next_q, select_q)
             q = self.online(batch.obs)
         loss, error = td_loss(
             q, batch.action - self._start, target, batch.weight, self.config.loss == "huber"
@@ -203,44 +224,40 @@ class DQN:
         metrics = {"loss/td": loss.detach(), "q/mean": q.detach().mean(), "q/target": target.mean()}
         return loss, metrics, error
 
+    def learn(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """Loss, gradient and one step of Adam, in one graph where it is compiled: metrics, and |TD error| (B,)."""
+        loss, metrics, error = self.loss(batch)
+        norm = self.optimizer.step(torch.autograd.grad(loss, self.optimizer.parameters))
+        return metrics | {"train/grad_norm": norm}, error.abs()
+
     def update(self, batch: Batch) -> Update:
-        """One step of Adam on `loss`; the target net follows when it is due."""
-        batch = Batch(*(_to(part, self.compute.device) for part in batch))
-        loss, metrics, error = self._loss(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.online.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
+        """`learn`; the target net follows when it is due."""
+        metrics, error = self._learn(Batch(*(_to(part, self.compute.device) for part in batch)))
         self.updates += 1
         if self.updates % self.config.target_every == 0:
-            with torch.no_grad():
-                for target, online in zip(self.target.parameters(), self.online.parameters(), strict=True):
-                    target.lerp_(online, self.config.tau)
-        return Update(metrics | {"train/grad_norm": norm}, error.abs())
+            copy_weights(self.online, self.target, self.config.tau)
+        return Update(metrics, error)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """See `Agent.state_dict`."""
         return {
             "weights": dict(self.online.state_dict()),
             "target": dict(self.target.state_dict()),
-            "optimizer": flat_state(self.optimizer.state_dict()["state"]),
+            "optimizer": self.optimizer.state_dict(),
             "counters": {"updates": self.updates, "exploration": self._rng.bit_generator.state},
         }
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """See `Agent.load_weights`."""
         self.online.load_state_dict(weights)
+        copy_weights(self.online, self._actor)
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """See `Agent.load_state_dict`."""
-        self.online.load_state_dict(state["weights"])
+        self.load_weights(state["weights"])
         self.target.load_state_dict(state["target"])
-        saved: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in state["optimizer"].items():
-            number, _, key = name.partition(".")
-            saved.setdefault(int(number), {})[key] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": saved})
-        self.updates = state["counters"]["updates"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates = self._acts_with = state["counters"]["updates"]
         self._rng.bit_generator.state = state["counters"]["exploration"]
 
 

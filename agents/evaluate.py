@@ -5,9 +5,11 @@ python -m agents.evaluate RUN [--episodes N] [--seed S] [--json]
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +18,10 @@ import numpy as np
 import envs
 from agents.base import Agent
 from envs import Collector, EnvConfig, Episode
-from runs.config import Parser, UserError
+from runs.config import Parser
 
 MOST_ENVS = 16  # stepped at once
-MOST_STEPS = 30_000  # of one episode; an endless one counts as it stands then
+MOST_STEPS = 30_000  # of one episode; a longer one counts as it stands then
 SEED = 20_000_003  # of the command; training evaluates on seeds derived from its own
 
 
@@ -32,8 +34,12 @@ class Evaluator:
         self.values = np.zeros((0, 1), np.float32)  # values (samples, A) met by the last evaluation
         self._env: Any = None
 
-    def episodes(self, agent: Agent) -> list[Episode]:
-        """Play; every environment gives its share of episodes, so that short ones are not favoured."""
+    def episodes(self, agent: Agent, stop: Callable[[], bool] | None = None) -> list[Episode]:
+        """Play; every environment gives its share of episodes, so that short ones are not favoured.
+
+        `stop` is asked at every step; once it is true, what was played is discarded and the list is empty.
+        An environment whose episodes do not end gives fewer than its share, but at least one.
+        """
         num_envs = min(self.count, MOST_ENVS)
         if self._env is None:
             self._env = envs.make(self.env_id, num_envs, self.seed, self.config)
@@ -44,17 +50,22 @@ class Evaluator:
         done: list[Episode] = []
         seen: list[np.ndarray] = []
         while wanted.any():
+            if stop is not None and stop():
+                return []
             decision = agent.greedy(collector.obs, collector.first, state)
             state = decision.state
             if collector.steps % 16 == 0:
                 seen.append(agent.values(collector.obs))
             collector.send(decision.action)
             collector.recv()
+            # what a cut episode did after the cut is not counted: its env waits for the next one to start
+            ended = [episode for episode in collector.episodes if episode.length <= MOST_STEPS]
             age = np.where(collector.first, 0, age + 1)
-            for episode in [*collector.episodes, *collector.unfinished(np.flatnonzero(age >= MOST_STEPS))]:
+            for episode in [*ended, *collector.unfinished(np.flatnonzero(age == MOST_STEPS))]:
                 if wanted[episode.env]:
                     wanted[episode.env] -= 1
                     done.append(episode)
+            wanted[age >= 2 * MOST_STEPS] = 0  # endless
         self.values = np.concatenate(seen)
         return done
 
@@ -65,37 +76,75 @@ class Evaluator:
             self._env = None
 
 
-class Film(NamedTuple):
-    """One greedy episode, seen from outside. T frames shown, A actions."""
+class Shot(NamedTuple):
+    """One step of a greedy episode, seen from outside. A actions."""
 
-    frames: np.ndarray  # (T, H, W, 3) uint8
-    values: np.ndarray  # (T, A) or (T, 1)
-    actions: np.ndarray  # (T,) or (T, *A)
-    return_: float
+    frame: np.ndarray  # (H, W, 3) uint8, before the action
+    values: np.ndarray  # (A,) or (1,)
+    probabilities: np.ndarray  # (A,) of the greedy policy
+    action: Any  # as the environment takes it
+    reward: float
 
 
-def film(agent: Agent, env_id: str, config: EnvConfig, seed: int, most: int) -> Film:
-    """Play one greedy episode, at most `most` steps of it, and keep what a person would see.
+def shots(
+    agent: Agent,
+    env_id: str,
+    config: EnvConfig,
+    seed: int,
+    most: int,
+    stop: Callable[[], bool] | None = None,
+) -> Iterator[Shot]:
+    """Play one greedy episode, at most `most` steps of it, or until `stop` is true; keeps nothing.
 
     Raises: UserError if the environment cannot draw itself.
     """
     view = envs.View(env_id, config, seed)
     try:
         state = agent.initial(1)
-        frames, values, actions, total = [], [], [], 0.0
         for _ in range(most):
-            frames.append(view.frame())
-            values.append(agent.values(view.obs)[0])
+            if stop is not None and stop():
+                return
+            frame, values = view.frame(), agent.values(view.obs)[0]
+            probabilities = agent.probabilities(view.obs)[0]
             decision = agent.greedy(view.obs, view.first, state)
             state = decision.state
-            actions.append(decision.action[0])
             reward, ended = view.step(decision.action)
-            total += reward
+            yield Shot(frame, values, probabilities, decision.action[0], reward)
             if ended:
-                break
-        return Film(np.stack(frames), np.stack(values), np.array(actions), total)
+                return
     finally:
         view.close()
+
+
+class Film(NamedTuple):
+    """One greedy episode, all of it in memory. T frames shown, A actions."""
+
+    frames: np.ndarray  # (T, H, W, 3) uint8
+    values: np.ndarray  # (T, A) or (T, 1)
+    probabilities: np.ndarray  # (T, A) of the greedy policy
+    actions: np.ndarray  # (T,) or (T, *A)
+    return_: float
+
+
+def film(
+    agent: Agent,
+    env_id: str,
+    config: EnvConfig,
+    seed: int,
+    most: int,
+    stop: Callable[[], bool] | None = None,
+) -> Film:
+    """The `shots` of a short episode; a film without frames (T = 0) if `stop` ended it.
+
+    Raises: UserError if the environment cannot draw itself.
+    """
+    taken = list(shots(agent, env_id, config, seed, most, stop))
+    if not taken or (stop is not None and stop()):
+        none = np.zeros((0, 1), np.float32)
+        return Film(np.zeros((0, 1, 1, 3), np.uint8), none, none, np.zeros(0, np.int64), 0.0)
+    frames, values, probabilities, actions, rewards = zip(*taken, strict=True)
+    parts = (np.stack(part) for part in (frames, values, probabilities, actions))
+    return Film(*parts, return_=math.fsum(rewards))
 
 
 def main(arguments: list[str]) -> int:
@@ -146,9 +195,14 @@ def positive(flag: str) -> Callable[[str], int]:
     """A reader of whole numbers from 1 on, for a flag that is no knob."""
 
     def read(text: str) -> int:
-        if not text.isdigit() or int(text) < 1:
-            raise UserError(f"{flag} must be a whole number >= 1, got {text!r}")
-        return int(text)
+        try:
+            value = float(text)  # 1e3 and 1_000 are welcome
+        except ValueError:
+            value = math.nan
+        if not (value >= 1 and value % 1 == 0):
+            # argparse replaces the message of any ValueError, a UserError too, by its own
+            raise argparse.ArgumentTypeError(f"{flag} must be a whole number >= 1, got {text!r}")
+        return int(value)
 
     return read
 

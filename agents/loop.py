@@ -27,7 +27,7 @@ def off_policy(agent: Agent, collector: Collector, replay: Ring, watch: Watch, s
         collector.send(decision.action)
         before, step = step, step + num_envs
         update: Update | None = None
-        if before >= config.learning_starts:
+        if before >= config.learning_starts and len(replay):  # n-step samples need n steps more
             for _ in range(due(config.train_every, before, step) * config.updates):
                 update = agent.update(replay.sample(config.batch))
         replay.add(collector.recv())

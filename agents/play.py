@@ -6,13 +6,17 @@ python -m agents.play RUN [--episodes N] [--video FILE.mp4] [--explain] [--rende
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import envs
-from agents.evaluate import Film, film, positive
+from agents.base import Agent
+from agents.evaluate import Shot, positive, shots
+from envs import EnvConfig
 from runs import Run
 from runs.config import Parser, UserError
 
@@ -33,7 +37,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, metavar="S", help="of the first episode (default 0)")
     parser.add_argument("--video", metavar="FILE", help="mp4 to write (default RUN/episode.mp4)")
     parser.add_argument(
-        "--explain", action="store_true", default=False, help="draw values beside the picture"
+        "--explain",
+        action="store_true",
+        default=False,
+        help="draw values and probabilities beside the picture",
     )
     parser.add_argument("--render", choices=("human",), help="show a window instead of writing a file")
     parser.add_argument("--weights", choices=("best", "latest"), help="which weights (default best)")
@@ -49,13 +56,12 @@ def main(arguments: list[str]) -> int:
     from agents.training import restore
 
     agent, settings, env_config = restore(given["run"], given.get("weights", "best"))
-    env_id, seed = settings["env"], given.get("seed", 0)
-    fps = 60 / (env_config.frame_skip or 4) if "ALE" in env_id or "NoFrameskip" in env_id else 30
-    films = []
-    for number in range(given.get("episodes", 1)):
-        films.append(film(agent, env_id, env_config, seed + number, given.get("steps", MOST_STEPS)))
-        print(f"episode {number + 1}: return {films[-1].return_:g} in {len(films[-1].frames)} steps")
-    shown = pictures(films, env_id, given["explain"])
+    env_id = settings["env"]
+    env = envs.make(env_id, config=env_config)
+    fps, explainer = envs.fps(env), Explainer(env, env_id) if given["explain"] else None
+    env.close()
+    seeds = range(given.get("seed", 0), given.get("seed", 0) + given.get("episodes", 1))
+    shown = pictures(agent, env_id, env_config, seeds, given.get("steps", MOST_STEPS), explainer)
     if given.get("render") == "human":
         _show(shown, fps)
         return 0
@@ -66,28 +72,54 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def pictures(films: list[Film], env_id: str, explained: bool) -> Iterator[np.ndarray]:
-    """What a person sees of each step, with the agent's values beside it where that is asked for."""
-    from runs.video import enlarge, explain
+class Explainer:
+    """Draws what the agent thinks beside each picture of an episode."""
 
-    names: list[str] = []
-    for shown in films:
-        if explained and not names:
-            env = envs.make(env_id)
-            names = envs.action_names(env, env_id) if shown.values.shape[1] > 1 else ["V"]
-            env.close()
-        best = shown.values.max(axis=1)
-        picture = shown.frames[0]
-        for step, frame in enumerate(shown.frames):
-            if explained:
-                picture = explain(
-                    frame, shown.values[step], int(shown.actions[step]), names, best[: step + 1]
-                )
-            else:
-                picture = enlarge(frame, max(1, 420 // frame.shape[0]))
+    def __init__(self, env: Any, env_id: str) -> None:
+        """Look up what the actions of a vector env are called."""
+        self.names = envs.action_names(env, env_id)
+        self.start = int(getattr(env.single_action_space, "start", 0))
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the values of the episode before."""
+        self._best: deque[float] = deque(maxlen=200)  # as many as are drawn
+
+    def __call__(self, shot: Shot) -> np.ndarray:
+        """Frame (H, W, 3) -> picture (H', W', 3)."""
+        from runs.video import explain
+
+        self._best.append(float(shot.values.max()))
+        if len(shot.values) != len(self.names):  # one value of the state, whatever the action
+            return explain(shot.frame, shot.values, 0, ["V"], self._best, label="V")
+        action = int(shot.action) - self.start
+        return explain(
+            shot.frame, shot.values, action, self.names, self._best, probabilities=shot.probabilities
+        )
+
+
+def pictures(
+    agent: Agent,
+    env_id: str,
+    config: EnvConfig,
+    seeds: Sequence[int],
+    most: int,
+    explainer: Explainer | None,
+) -> Iterator[np.ndarray]:
+    """What a person sees of an episode for each seed, one picture at a time; tells how each one went."""
+    from runs.video import enlarge
+
+    for number, seed in enumerate(seeds, start=1):
+        total, length, picture = 0.0, 0, None
+        if explainer is not None:
+            explainer.restart()
+        for shot in shots(agent, env_id, config, seed, most):
+            total, length = total + shot.reward, length + 1
+            picture = explainer(shot) if explainer else enlarge(shot.frame, max(1, 420 // len(shot.frame)))
             yield picture
-        for _ in range(PAUSE):
-            yield picture
+        print(f"episode {number}: return {total:g} in {length} steps")
+        if picture is not None:
+            yield from [picture] * PAUSE
 
 
 def _show(pictures: Iterator[np.ndarray], fps: float) -> None:
@@ -97,14 +129,18 @@ def _show(pictures: Iterator[np.ndarray], fps: float) -> None:
     except ImportError:
         raise UserError('a window needs pygame: pip install "chordate[window]"') from None
     clock, screen = pygame.time.Clock(), None
-    for picture in pictures:
-        screen = screen or pygame.display.set_mode((picture.shape[1], picture.shape[0]))
-        screen.blit(pygame.surfarray.make_surface(picture.swapaxes(0, 1)), (0, 0))
-        pygame.display.flip()
-        clock.tick(fps)
-        if any(event.type == pygame.QUIT for event in pygame.event.get()):
-            break
-    pygame.quit()
+    try:
+        for picture in pictures:
+            screen = screen or pygame.display.set_mode((picture.shape[1], picture.shape[0]))
+            screen.blit(pygame.surfarray.make_surface(picture.swapaxes(0, 1)), (0, 0))
+            pygame.display.flip()
+            clock.tick(fps)
+            if any(event.type == pygame.QUIT for event in pygame.event.get()):
+                break
+    except pygame.error as error:
+        raise UserError(f"no window can be shown here ({error}); write a film with --video") from None
+    finally:
+        pygame.quit()
 
 
 if __name__ == "__main__":

@@ -36,6 +36,12 @@ def guarded(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output went away
         sys.stderr.close()
         return 1
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
 
 
 def main(arguments: list[str]) -> int:
@@ -53,7 +59,7 @@ def main(arguments: list[str]) -> int:
     file = _settings(given.pop("config")) if "config" in given else {}
     if file.get("agent", name) != name:
         raise UserError(f"the configuration file is for agent {file['agent']!r}, not {name!r}")
-    path, preset = given.pop("run", None), given.pop("preset", "none" if file else None)
+    path, preset = given.pop("run", None), given.pop("preset", file.pop("preset", None))
     from agents.training import train
 
     env = given.pop("env", None) or file.get("env")
@@ -97,7 +103,10 @@ def _settings(path: str) -> dict[str, Any]:
     if not isinstance(nested, dict):
         raise UserError(f"{path}: 'config' must hold settings by name, got {nested!r}")
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in nested.items()}
-    settings.pop("preset", None)
+    if nested is loaded:
+        settings.pop("preset", None)
+    else:  # a run's own config.json holds every setting; the preset's are among them
+        settings["preset"] = "none"
     return settings
 
 
@@ -105,7 +114,9 @@ def _report(result: Any) -> int:
     """Where the run is, what it reached, and the next commands to type."""
     run, facts = shlex.quote(str(result.path)), result.summary
     if result.signal:
-        print(f"\nStopped by signal {result.signal} at step {facts['steps']:,}; weights saved in {run}")
+        print(
+            f"\nStopped by signal {result.signal} at step {facts['steps']:,}; the latest weights are saved."
+        )
     else:
         score, rate = facts["evaluation"], facts["steps_per_second"]["whole"]
         print(
@@ -116,8 +127,9 @@ def _report(result: Any) -> int:
             f"{rate:.0f} steps/s"
         )
     print(f"Run folder: {result.path}\n")
-    print(f"  python -m agents.play {run} --video episode.mp4")
-    print(f"  python -m agents.evaluate {run}")
+    which = "" if facts["evaluation"] else " --weights latest"  # there is no best without an evaluation
+    print(f"  python -m agents.play {run}{which} --video episode.mp4")
+    print(f"  python -m agents.evaluate {run}{which}")
     print(f"  python -m runs.report {run}")
     print("  tensorboard --logdir runs")
     return 128 + result.signal if result.signal else 0

@@ -7,12 +7,13 @@ preset < file < given over each other, `parts` deals them out to the rooms.
 from __future__ import annotations
 
 import dataclasses
+import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
@@ -25,10 +26,13 @@ from agents.loop import off_policy
 from agents.watch import Stop, Watch
 from backbones.compute import ComputeConfig, choose
 from envs import Collector, EnvConfig
+from envs.atari import is_atari, protocol
 from replay import Ring
 from runs import Run
 from runs.config import Knob, UserError, check, fields, nearest
 from runs.panel import Panel
+
+OBJECT = "object:"  # in config.json, before the class of a backbone that was given as an object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,16 @@ class RunConfig:
         check(RunConfig, vars(self))
 
 
+class Parts(NamedTuple):
+    """The settings of a run by owner."""
+
+    run: RunConfig
+    agent: Any
+    net: dict[str, Any]  # the backbone's knobs
+    env: EnvConfig
+    compute: ComputeConfig
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """What `train` gives back."""
@@ -67,10 +81,11 @@ class Result:
 
 def owners(agent: str, backbone: str) -> dict[str, Callable[..., Any]]:
     """Who owns which settings, by the title of their group of flags."""
+    net = {} if backbone.startswith(OBJECT) else {f"backbone {backbone}": backbones.load(backbone)}
     return {
         "run": RunConfig,
         f"agent {agent}": load(agent).Config,
-        f"backbone {backbone}": backbones.load(backbone),
+        **net,
         "environment (Atari)": EnvConfig,
         "computing": ComputeConfig,
     }
@@ -81,29 +96,28 @@ def resolve(
     given: Mapping[str, Any],
     file: Mapping[str, Any],
     preset: str | None,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """All settings of a run: default < preset < file < given.
 
     Raises: UserError for an unknown agent, backbone, preset or setting, naming the nearest.
     """
-    load(agent)
     asked = {**file, **given}
-    spec = envs.resolve(asked.get("env") or "", say)
-    name, chosen = presets.choose(agent, spec.id, preset)
-    merged = {**chosen, **asked, "agent": agent, "env": spec.id, "preset": name}
+    check(RunConfig, {name: asked[name] for name in ("env", "backbone") if name in asked})
+    env_id = envs.full_id(asked.get("env") or "")
+    if env_id != asked["env"]:
+        say(f"{asked['env']} is {env_id}")
+    name, chosen = presets.choose(agent, env_id, preset)
+    atari = {field.name for field in fields(EnvConfig)}
+    if not _has_screen(env_id, asked.get("obs", "auto")):  # sizes and stacks mean nothing there
+        chosen = {key: value for key, value in chosen.items() if key not in atari | {"net"}}
+    merged = {**chosen, **asked, "agent": agent, "env": env_id, "preset": name}
     if not merged.get("backbone"):
-        merged["backbone"] = _default_backbone(merged)
-    known = {
-        field.name: field.default
-        for owner in owners(agent, merged["backbone"]).values()
-        for field in fields(owner)
-    }
-    for key in asked:
-        if key not in known and key not in ("agent", "preset"):
-            raise UserError(
-                f"unknown setting {key!r} for {agent} on {merged['backbone']}.{nearest(key, known)}"
-            )
+        merged["backbone"] = _default_backbone(env_id, {k: v for k, v in merged.items() if k in atari})
+    groups = owners(agent, merged["backbone"]).values()
+    known = {field.name: field.default for owner in groups for field in fields(owner)}
+    for key in asked.keys() - known.keys() - {"agent", "preset"}:
+        raise UserError(f"unknown setting {key!r} for {agent} on {merged['backbone']}.{nearest(key, known)}")
     for key in (
         chosen.keys() - known.keys()
     ):  # knobs of the preset's backbone, where another one was asked for
@@ -111,21 +125,23 @@ def resolve(
     return {"agent": agent, "preset": name, **known, **merged}
 
 
-def parts(settings: Mapping[str, Any]) -> tuple[RunConfig, Any, dict[str, Any], EnvConfig, ComputeConfig]:
-    """The settings dealt out: run, agent, backbone knobs, environment, computing."""
-    dealt = [
-        {field.name: settings[field.name] for field in fields(owner)}
-        for owner in owners(settings["agent"], settings["backbone"]).values()
-    ]
-    run, agent, net, env, compute = dealt
-    check(EnvConfig, env)
-    check(ComputeConfig, compute)
-    return (
-        RunConfig(**run),
-        load(settings["agent"]).Config(**agent),
-        net,
-        EnvConfig(**env),
-        ComputeConfig(**compute),
+def parts(settings: Mapping[str, Any]) -> Parts:
+    """The settings dealt out to those who own them.
+
+    Raises: UserError for a value out of range; KeyError for a setting that is missing.
+    """
+    dealt = {
+        title.split()[0]: {field.name: settings[field.name] for field in fields(owner)}
+        for title, owner in owners(settings["agent"], settings["backbone"]).items()
+    }
+    check(EnvConfig, dealt["environment"])
+    check(ComputeConfig, dealt["computing"])
+    return Parts(
+        RunConfig(**dealt["run"]),
+        load(settings["agent"]).Config(**dealt["agent"]),
+        dealt.get("backbone", {}),
+        EnvConfig(**dealt["environment"]),
+        ComputeConfig(**dealt["computing"]),
     )
 
 
@@ -137,79 +153,76 @@ def train(
     root: str | Path = "runs",
     preset: str | None = None,
     file: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = print,
     **settings: Any,
 ) -> Result:
     """Train an agent and leave a run folder.
 
-    `agent` is a name, whose preset for `env` then applies as on the command line, or an agent object, which is taken
-    as it is. `settings` are the flags by name: `train("dqn", "ALE/Pong", steps=100_000, lr=3e-4)`.
+    `agent` is a name, whose preset for `env` then applies as on the command line, or an agent object, which is built
+    and trained as it is, without a preset. `settings` are the flags by name:
+    `train("dqn", "ALE/Pong", steps=100_000, lr=3e-4)`.
     Raises: UserError for anything that does not fit, before anything is written.
     """
-    if not isinstance(agent, str):
-        settings = {**dataclasses.asdict(agent.config), "backbone": agent.backbone, **agent.net, **settings}
-        agent, preset = agent.name, "none"
-    resolved = resolve(agent, {**settings, "env": env}, file or {}, preset, say or print)
-    return _train(resolved, run, root, say or print)
+    begun = time.perf_counter()
+    if isinstance(agent, str):
+        resolved = resolve(agent, {**settings, "env": env}, file or {}, preset, say)
+        chosen = parts(resolved)
+        agent = load(agent)(chosen.agent, backbone=resolved["backbone"], net=chosen.net)
+    else:
+        named = isinstance(agent.backbone, str)
+        shown = agent.backbone if named else f"{OBJECT}{type(agent.backbone).__name__}"
+        own = {**dataclasses.asdict(agent.config), "backbone": shown, **agent.net}
+        resolved = resolve(agent.name, {**own, **settings, "env": env}, file or {}, "none", say)
+        chosen = parts(resolved)
+    return _train(agent, resolved, chosen, run, root, say, begun)
 
 
 def _train(
-    settings: dict[str, Any], path: str | Path | None, root: str | Path, say: Callable[[str], None]
+    agent: Agent,
+    settings: dict[str, Any],
+    chosen: Parts,
+    path: str | Path | None,
+    root: str | Path,
+    say: Callable[[str], None],
+    begun: float,
 ) -> Result:
-    config, agent_config, net, env_config, compute_config = parts(settings)
-    begun = time.perf_counter()
-    streams = dict(
-        zip(
-            ("agent", "envs", "replay", "evaluation"),
-            np.random.SeedSequence(config.seed).spawn(4),
-            strict=True,
-        )
-    )
-    env = envs.make(
-        config.env, config.num_envs, config.seed, env_config, vectorization=config.vectorization, say=say
-    )
+    config = chosen.run
+    of_agent, of_envs, of_replay, of_evaluation = np.random.SeedSequence(config.seed).spawn(4)
+    env = envs.make(config.env, config.num_envs, config.seed, chosen.env, vectorization=config.vectorization)
     say(envs.describe(env))
     say(f"preset {settings['preset']}; backbone {settings['backbone']}")
-    agent = load(settings["agent"])(agent_config, backbone=settings["backbone"], net=net)
-    updates = (
-        max(config.steps - agent_config.learning_starts, 0) // agent_config.train_every * agent_config.updates
-    )
-    compute = choose(compute_config, image=settings["backbone"] != "mlp", updates=updates, say=say)
-    agent.build(env.single_observation_space, env.single_action_space, compute, streams["agent"], say)
-    replay = _ring(agent_config, config, env, np.random.default_rng(streams["replay"]), env_config)
-    chosen = {**dataclasses.asdict(compute), "compile": "on" if compute.compile else "off"}
-    settings = {**settings, **chosen}  # a rerun of config.json repeats the choice
-    evaluator = Evaluator(config.env, env_config, config.eval_episodes, _number(streams["evaluation"]))
-    run = Run.create(settings, root=root, path=path)
+    compute = choose(chosen.compute, image=_sees_image(env), updates=_updates(config, chosen.agent), say=say)
+    agent.build(env.single_observation_space, env.single_action_space, compute, of_agent, say)
+    replay = _ring(chosen.agent, config, env, np.random.default_rng(of_replay))
+    decided = {**dataclasses.asdict(compute), "compile": "on" if compute.compile else "off"}
+    run = Run.create({**settings, **decided}, root=root, path=path)  # a rerun of config.json decides the same
     say(f"{compute}; run folder {run.path}")
-    title = f"{settings['agent']} on {config.env}"
+    seed = _number(of_evaluation)
+    title = f"{agent.name} on {config.env}"
     with Stop() as stop, run, Panel(title, config.steps, folder=run.path) as panel:
         watch = Watch(
             agent,
             run,
             panel,
             stop,
-            evaluator,
+            Evaluator(config.env, chosen.env, config.eval_episodes, seed),
             envs.frame_skip(env),
-            config.log_every,
-            config.eval_every,
-            config.checkpoint_every,
-            config.steps,
-            config.video,
+            config,
             begun,
         )
-        collector = Collector(env, _number(streams["envs"]))
+        collector = Collector(env, _number(of_envs))
         step = off_policy(agent, collector, replay, watch, config.steps)
         seconds, rates = watch.seconds, watch.rates(step)
+        watch.log(step)
         watch.save(step)
+        collector.close()
+        watch.evaluator.close()
         if not stop.signal:
-            watch.evaluator = Evaluator(config.env, env_config, config.final_episodes, evaluator.seed)
+            watch.evaluator = Evaluator(config.env, chosen.env, config.final_episodes, seed)
             watch.evaluate(step)
             watch.evaluator.close()
-        collector.close()
-        evaluator.close()
-        summary = {
-            "agent": settings["agent"],
+        facts = {
+            "agent": agent.name,
             "env": config.env,
             "backbone": settings["backbone"],
             "seed": config.seed,
@@ -224,68 +237,88 @@ def _train(
             "parameters": agent.parameters,
             "finished": not stop.signal,
         }
-        run.summary(summary)
-    return Result(run.path, agent, summary, stop.signal)
+        run.summary(facts)
+    return Result(run.path, agent, facts, stop.signal)
 
 
 def restore(path: str | Path, which: str) -> tuple[Agent, dict[str, Any], EnvConfig]:
-    """The agent of a saved run with its "best" or "latest" weights, the run's settings, and its environment knobs."""
+    """The agent of a saved run with its "best" or "latest" weights, the run's settings, and its environment knobs.
+
+    Raises: UserError if the run was made by another version, or with a backbone that only its program knows.
+    """
     run = Run.open(path)
     settings: dict[str, Any] = run.config
+    if str(settings.get("backbone", "")).startswith(OBJECT):
+        raise UserError(f"{path} was trained on a backbone object of its program; load its weights there")
     try:
-        config, agent_config, net, env_config, _ = parts(settings)
+        chosen = parts(settings)
     except KeyError as error:
         raise UserError(f"{path}/config.json lacks {error}; was it written by another version?") from None
     state = run.load(which)
-    agent = load(settings["agent"])(agent_config, backbone=settings["backbone"], net=net)
-    env = envs.make(config.env, 1, 0, env_config)
-    compute = choose(
-        ComputeConfig(precision=settings["precision"], compile="off"),
-        image=settings["backbone"] != "mlp",
-        updates=0,
-        say=lambda line: None,
-    )
+    agent = load(settings["agent"])(chosen.agent, backbone=settings["backbone"], net=chosen.net)
+    env = envs.make(chosen.run.env, 1, 0, chosen.env)
+    asked = ComputeConfig(precision=settings["precision"], compile="off")
+    compute = choose(asked, image=_sees_image(env), updates=0, say=lambda line: None)
     agent.build(
         env.single_observation_space, env.single_action_space, compute, np.random.SeedSequence(0), print
     )
-    agent.load_weights(state["weights"])
     env.close()
-    return agent, settings, env_config
+    try:
+        agent.load_weights(state["weights"])
+    except (KeyError, RuntimeError) as error:
+        raise UserError(
+            f"the weights in {path} do not fit its config.json: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    return agent, settings, chosen.env
 
 
-def _default_backbone(settings: Mapping[str, Any]) -> str:
+def _default_backbone(env_id: str, config: Mapping[str, Any]) -> str:
     """The backbone for what this environment shows; asks a copy of it."""
-    names = {field.name for field in fields(EnvConfig)}
-    config = EnvConfig(**{name: value for name, value in settings.items() if name in names})
-    env = envs.make(settings["env"], 1, 0, config)
+    env = envs.make(env_id, 1, 0, EnvConfig(**config))
     try:
         return backbones.default(env.single_observation_space)
     finally:
         env.close()
 
 
-def _ring(agent: Any, config: RunConfig, env: Any, rng: np.random.Generator, env_config: EnvConfig) -> Ring:
-    """The replay; UserError if it cannot hold one sample or exceeds the memory that is free."""
+def _has_screen(env_id: str, obs: str) -> bool:
+    """Whether the environment is an Atari game whose picture the agent sees."""
+    check(EnvConfig, {"obs": obs})
+    spec = envs.resolve(env_id)
+    return is_atari(spec) and not protocol(spec, EnvConfig(obs=obs)).ram
+
+
+def _sees_image(env: Any) -> bool:
+    return backbones.default(env.single_observation_space) == "cnn"
+
+
+def _updates(run: RunConfig, agent: Any) -> int:
+    return max(run.steps - agent.learning_starts, 0) // agent.train_every * agent.updates
+
+
+def _ring(agent: Any, config: RunConfig, env: Any, rng: np.random.Generator) -> Ring:
+    """The replay; UserError if it cannot hold one sample, or what this environment shows, or exceeds free memory."""
+    space, free = env.single_observation_space, _free_memory()
+    frame = math.prod(space.shape or ()) * getattr(space.dtype, "itemsize", 8) // envs.frame_stack(env)
+    needed = agent.capacity * (frame + 16)
+    if free is not None and needed > free:
+        raise UserError(
+            f"--capacity {agent.capacity}: the replay would need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        )
     try:
-        ring = Ring(
-            min(agent.capacity, config.steps + config.steps // 4 + 1_000),
+        return Ring(
+            agent.capacity,
             config.num_envs,
-            env.single_observation_space,
+            space,
             env.single_action_space,
             stack=envs.frame_stack(env),
             n_step=agent.n_step,
             gamma=agent.gamma,
+            clip_reward=agent.clip_reward,
             rng=rng,
         )
     except ValueError as error:
-        raise UserError(f"--capacity: {error}") from None
-    free = _free_memory()
-    if free is not None and ring.nbytes > free:
-        raise UserError(
-            f"--capacity {agent.capacity}: the replay would need {ring.nbytes / 1e9:.1f} GB, "
-            f"{free / 1e9:.1f} GB are free"
-        )
-    return ring
+        raise UserError(str(error)) from None
 
 
 def _free_memory() -> int | None:

@@ -49,8 +49,7 @@ class Stop:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+            raise KeyboardInterrupt  # the second time: at once, but cleaning up
         self.signal = number
 
 
@@ -64,21 +63,21 @@ class Watch:
     stop: Stop
     evaluator: Evaluator
     frame_skip: int
-    log_every: int
-    eval_every: int
-    checkpoint_every: int
-    steps: int
-    video: bool = True
-    started: float = field(default_factory=time.perf_counter)
+    config: Any  # RunConfig: how often what happens
+    started: float  # perf_counter when the command began
     first_update: float | None = None  # seconds from start to the end of the first update
     evaluation: dict[str, Any] = field(default_factory=dict)
     episodes: int = 0
     _returns: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+    _films: bool = field(init=False)
     _update: Update | None = None  # the newest that is not yet in the log
-    _metrics: dict[str, float] = field(default_factory=dict)
     _logged: tuple[int, float] = (0, 0.0)
     _aside: float = 0.0  # seconds spent evaluating and saving
     _steady: tuple[int, float] | None = None  # step and learning seconds where the steady rate begins
+
+    def __post_init__(self) -> None:
+        """Film only where that was asked for, and as long as it works."""
+        self._films = self.config.video
 
     @property
     def stopping(self) -> bool:
@@ -95,38 +94,51 @@ class Watch:
         for episode in episodes:
             self.episodes += 1
             self._returns.append(episode.return_)
+            self.panel.update(step, step * self.frame_skip, return_=sum(self._returns) / len(self._returns))
             self.run.episode(step, step * self.frame_skip, self.seconds, episode.return_, episode.length)
         if update is not None:
             self._note_update(step)
             self._update = update
-        if self._update is not None and due(self.log_every, before, step):
-            self._log(step, self._update)
-            self._update = None
-        self.panel.update(step, step * self.frame_skip, **self._shown())
+        if due(self.config.log_every, before, step) or step >= self.config.steps:
+            self.log(step)
+        self.panel.update(step, step * self.frame_skip)
         if (
-            self.eval_every and due(self.eval_every, before, step) and step < self.steps
+            self.config.eval_every and due(self.config.eval_every, before, step) and step < self.config.steps
         ):  # the last has its own
             self.evaluate(step)
-        if self.checkpoint_every and due(self.checkpoint_every, before, step) and step < self.steps:
+        if (
+            self.config.checkpoint_every
+            and due(self.config.checkpoint_every, before, step)
+            and step < self.config.steps
+        ):
             self.save(step)
 
     def evaluate(self, step: int) -> None:
         """A greedy evaluation: table, TensorBoard, a film, and the best weights."""
         begun = time.perf_counter()
         self.panel.update(step, step * self.frame_skip, status="evaluating")
-        episodes = self.evaluator.episodes(self.agent)
+        episodes = self.evaluator.episodes(self.agent, lambda: self.stopping)
+        if not episodes:  # a signal came
+            return
         returns = np.array([episode.return_ for episode in episodes])
         self.evaluation = {"mean": returns.mean(), "std": returns.std(), "episodes": len(returns)}
         if self.run.evaluation(step, returns, self.seconds):
-            self.run.save_best({"weights": self.agent.state_dict()["weights"], "counters": {"step": step}})
+            self._keep(step)
         self.panel.say(
             f"step {step:,}: greedy return {returns.mean():.2f} +- {returns.std():.2f}, {len(returns)} episodes"
         )
         self.run.histogram(step, "q/values", self.evaluator.values)
-        if self.video:
+        if self._films:
             self._film(step)
-        self.panel.update(step, step * self.frame_skip, status="")
+        self.panel.update(step, step * self.frame_skip, status="", evaluation=returns.mean())
         self._aside += time.perf_counter() - begun
+
+    def _keep(self, step: int) -> None:
+        state = {"weights": self.agent.state_dict()["weights"], "counters": {"step": step}}
+        try:
+            self.run.save_best(state)
+        except OSError as error:
+            self.panel.say(f"the best weights (step {step:,}) could not be saved: {error}")
 
     def _film(self, step: int) -> None:
         seed = self.evaluator.seed + 1
@@ -134,7 +146,7 @@ class Watch:
             shown = film(self.agent, self.evaluator.env_id, self.evaluator.config, seed, FILM_STEPS)
         except UserError as error:
             self.panel.say(f"no film: {error}")
-            self.video = False
+            self._films = False
             return
         every = max(1, 4 // self.frame_skip)
         self.run.video(step, "eval/episode", shown.frames[::every], fps=15)
@@ -168,21 +180,17 @@ class Watch:
         if self._steady is None and self.agent.updates >= WARM_UPDATES:
             self._steady = (step, self.seconds - self._aside)
 
-    def _log(self, step: int, update: Update) -> None:
+    def log(self, step: int) -> None:
+        """A row of metrics, if there was an update since the last one."""
+        if self._update is None:
+            return
+        update, self._update = self._update, None
         now = self.seconds - self._aside
         rate = (step - self._logged[0]) / max(now - self._logged[1], 1e-9)
         self._logged = (step, now)
-        self._metrics = {name: float(value) for name, value in update.metrics.items()}
+        metrics = {name: float(value) for name, value in update.metrics.items()}
         speed = {"speed/steps_per_second": rate, "speed/frames_per_second": rate * self.frame_skip}
         counts = {"train/updates": self.agent.updates, "train/epsilon": self.agent.exploration(step)}
-        self.run.log(step, self._metrics | counts | speed)
-
-    def _shown(self) -> dict[str, Any]:
-        shown: dict[str, Any] = {}
-        if self._returns:
-            shown["return_"] = sum(self._returns) / len(self._returns)
-        if self._metrics:
-            shown |= {"loss": self._metrics["loss/td"], "epsilon": self.agent.exploration(self._logged[0])}
-        if self.evaluation:
-            shown["evaluation"] = self.evaluation["mean"]
-        return shown
+        self.run.log(step, metrics | counts | speed)
+        shown = {"loss": metrics["loss/td"], "epsilon": counts["train/epsilon"]}
+        self.panel.update(step, step * self.frame_skip, **shown)

@@ -66,7 +66,7 @@ def choose(config: ComputeConfig, *, image: bool, updates: int, say: Callable[[s
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no usable CUDA device is here; use --device cpu")
-    threads = config.threads or (len(os.sched_getaffinity(0)) if image else 1)
+    threads = config.threads or (torch.get_num_threads() if image else 1)  # torch starts with one a core
     torch.set_num_threads(threads)
     precision = config.precision
     if precision == "auto":
@@ -80,6 +80,15 @@ def choose(config: ComputeConfig, *, image: bool, updates: int, say: Callable[[s
     return Compute(device, precision, threads, compiled)
 
 
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module, part: float = 1.0) -> None:
+    """Move the weights of `target` that part of the way to those of `source`; all the way is exact."""
+    if source is target:
+        return
+    for new, old in zip(source.parameters(), target.parameters(), strict=True):
+        old.copy_(new) if part == 1 else old.lerp_(new, part)
+
+
 def guarded_compile(function: Callable[..., Any], say: Callable[[str], None]) -> Callable[..., Any]:
     """`torch.compile(function)`, falling back to the function itself if its first call fails to compile."""
     state = {"run": torch.compile(function, dynamic=False), "proven": False}
@@ -88,7 +97,9 @@ def guarded_compile(function: Callable[..., Any], say: Callable[[str], None]) ->
         if state["proven"]:
             return state["run"](*arguments)
         try:
-            result = state["run"](*arguments)
+            # lets a graph hold torch.autograd.grad, and with it the whole update
+            with torch._dynamo.config.patch(trace_autograd_ops=True):
+                result = state["run"](*arguments)
         except (
             Exception
         ) as error:  # inductor fails in many ways; an error of ours comes again from the plain call

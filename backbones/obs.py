@@ -11,6 +11,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from backbones.base import as_space, working_dtype
+from runs.config import UserError
 
 
 class Encoded(NamedTuple):
@@ -32,7 +33,7 @@ class Encoder:
     and stacks of colour frames (K, H, W, C), whose frames become channels. bytes are scaled to [0, 1]. Discrete
     leaves become one-hot vectors, everything else is flattened. A Dict's images must share H and W; they are put
     side by side as channels, its other leaves as one vector.
-    Raises: ValueError for spaces without a fixed shape (Text, Graph, Sequence).
+    Raises: UserError for spaces without a fixed shape (Text, Graph, Sequence), and images of several sizes.
     """
 
     def __init__(self, observation: spaces.Space[Any] | tuple[int, ...]) -> None:
@@ -42,7 +43,7 @@ class Encoder:
         self._leaves = _leaves(space)
         images = [_image_shape(leaf) for _, leaf in self._leaves if _is_image(leaf)]
         if len({shape[1:] for shape in images}) > 1:
-            raise ValueError(f"the images of a Dict observation must share one size, got {images}")
+            raise UserError(f"the images of a Dict observation must share one size, got {images}")
         self.image = (sum(shape[0] for shape in images), *images[0][1:]) if images else None
         self.vector = sum(_length(leaf) for _, leaf in self._leaves if not _is_image(leaf))
 
@@ -74,7 +75,7 @@ def _leaves(
     if isinstance(space, spaces.Tuple):
         return [found for i, child in enumerate(space.spaces) for found in _leaves(child, (*path, i))]
     if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
-        raise ValueError(f"no backbone reads observations of {space}")
+        raise UserError(f"no backbone reads observations of {space}")
     return [(path, space)]
 
 

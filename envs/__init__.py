@@ -3,7 +3,7 @@
 from envs.atari import EnvConfig
 from envs.collect import Collector, Episode
 from envs.diagnostic import register
-from envs.make import describe, frame_skip, frame_stack, make, resolve
+from envs.make import describe, fps, frame_skip, frame_stack, full_id, make, resolve
 from envs.render import View, action_names
 
 __all__ = [
@@ -13,8 +13,10 @@ __all__ = [
     "View",
     "action_names",
     "describe",
+    "fps",
     "frame_skip",
     "frame_stack",
+    "full_id",
     "make",
     "register",
     "resolve",

@@ -21,7 +21,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from envs.collect import spread
+from envs.collect import ActionCheck, spread
 from runs.config import Knob, UserError
 
 _UNLIMITED = 2**31 - 2  # ale-py adds one to its frame limit, so the largest int32 would overflow
@@ -152,6 +152,7 @@ class Atari(VectorEnv):
         self.single_action_space = self._native.single_action_space
         self.action_space = self._native.action_space
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        self._checked = ActionCheck(self)
         self._lives = np.zeros(num_envs, np.int32)
         self._frames = np.zeros(num_envs, np.int64)
 
@@ -166,8 +167,8 @@ class Atari(VectorEnv):
         return obs, info
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Start the emulator threads. After an action out of range `step_wait` would never return."""
-        self._native.send(actions)
+        """Start the emulator threads; raises ValueError for a bad action, after which they would hang."""
+        self._native.send(self._checked(actions))
 
     def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Wait for the threads; `info["life_loss"]` is there if that knob is on."""

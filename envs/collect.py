@@ -5,7 +5,8 @@ Source: autoreset modes, https://farama.org/Vector-Autoreset-Mode (SAME_STEP is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -78,7 +79,10 @@ class Collector:
         self._waiting: Overlapped | None = env if overlap and isinstance(env, Overlapped) else None
         self._action: np.ndarray | None = None
         self._result: Any = None
-        _check_finite(self.obs, "observation", 0)
+        # decided once: a step of a small environment takes no longer than a few such questions
+        self._checked = ActionCheck(env)
+        self._floats = [path for path, leaf in _leaves(self.obs) if leaf.dtype.kind == "f"]
+        self._check_obs(self.obs)
 
     def send(self, action: np.ndarray) -> None:
         """Take `action` (N, *A) in every env.
@@ -87,7 +91,7 @@ class Collector:
         """
         if self._action is not None:
             raise RuntimeError("send called twice without recv")
-        self._action = _check_action(self.env, action)
+        self._action = self._checked(action)
         if self._waiting is not None:
             self._waiting.step_async(self._action)
         elif not self.overlap:
@@ -100,18 +104,27 @@ class Collector:
         """
         if self._action is None:
             raise RuntimeError("recv called without send")
-        obs, reward, ended, terminated, truncated, info = self._wait()
+        obs, reward, terminated, truncated, info = self._wait()
+        # copies: the env may reuse its arrays
+        terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
+        reward = np.asarray(reward)
+        ended = terminated | truncated
         self.steps += 1
-        _check_finite(reward, "reward", self.steps)
-        next_obs = _successor(obs, info, ended)
-        _check_finite(next_obs, "observation", self.steps)
-        if next_obs is not obs:
-            _check_finite(obs, "observation", self.steps)
-        terminated = terminated | info.get("life_loss", False)
+        if not _finite(reward):
+            raise _not_finite(reward, "reward", self.steps)
+        next_obs, any_ended = obs, np.count_nonzero(ended) > 0
+        if any_ended:
+            next_obs = _successor(obs, info, ended)
+            self._check_obs(next_obs)
+        self._check_obs(obs)
+        if "life_loss" in info:
+            terminated |= info["life_loss"]
         transition = Transition(
             self.obs, self._action, reward.astype(np.float32), next_obs, terminated, truncated, self.first
         )
-        self._account(reward, ended)
+        self._returns += reward
+        self._lengths += 1
+        self.episodes = self._finish(ended) if any_ended else []
         self.obs, self.first, self._action = obs, ended, None
         return transition
 
@@ -126,48 +139,66 @@ class Collector:
         self._action = None
         self.env.close()
 
-    def _wait(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def _wait(self) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         if self._waiting is not None:
-            result = self._waiting.step_wait()
-        elif self._result is not None:
+            return self._waiting.step_wait()
+        if self._result is not None:
             result, self._result = self._result, None
-        else:
-            result = self.env.step(self._action)
-        obs, reward, terminated, truncated, info = result
-        terminated, truncated = np.asarray(terminated, bool), np.asarray(truncated, bool)
-        return obs, np.asarray(reward), terminated | truncated, terminated, truncated, info
+            return result
+        return self.env.step(self._action)
 
-    def _account(self, reward: np.ndarray, ended: np.ndarray) -> None:
-        self._returns += reward
-        self._lengths += 1
+    def _finish(self, ended: np.ndarray) -> list[Episode]:
         rows = np.flatnonzero(ended)
-        self.episodes = self.unfinished(rows)
+        episodes = self.unfinished(rows)
         self._returns[rows] = 0
         self._lengths[rows] = 0
+        return episodes
+
+    def _check_obs(self, obs: Any) -> None:
+        for path in self._floats:
+            leaf = obs
+            for key in path:
+                leaf = leaf[key]
+            if not _finite(leaf):
+                name = "".join(f" {key!r}" for key in path if isinstance(key, str))
+                raise _not_finite(leaf, f"observation{name}", self.steps)
 
 
-def _check_action(env: VectorEnv, action: np.ndarray) -> np.ndarray:
-    space = env.single_action_space
-    action = np.array(action)  # a copy: the caller may reuse its buffer before the transition is read
-    shape = (env.num_envs, *(space.shape or ()))
-    if action.shape != shape:
-        raise ValueError(f"action must have shape {shape}, got {action.shape}")
-    if not isinstance(space, Discrete):
-        return action
-    low, high = int(space.start), int(space.start + space.n) - 1
-    whole = np.issubdtype(action.dtype, np.integer)
-    bad = np.flatnonzero((action < low) | (action > high)) if whole else np.arange(1)
-    if len(bad):
-        value = action[bad[0]]
-        raise ValueError(f"action of env {bad[0]} must be a whole number in [{low}, {high}], got {value}")
-    return action.astype(np.int64, copy=False)
+class ActionCheck:
+    """Checks the actions (N, *A) of a vector env, and copies them: the caller may reuse its buffer.
+
+    Raises: ValueError for a wrong shape or an action out of range.
+    """
+
+    def __init__(self, env: VectorEnv) -> None:
+        """Look up what is allowed."""
+        space = env.single_action_space
+        self.shape = (env.num_envs, *(space.shape or ()))
+        self.discrete = isinstance(space, Discrete)
+        self.low, self.count = (int(space.start), int(space.n)) if isinstance(space, Discrete) else (0, 0)
+
+    def __call__(self, action: Any) -> np.ndarray:
+        """The actions, whole numbers as int64."""
+        action = np.array(action)
+        if action.shape != self.shape:
+            raise ValueError(f"action must have shape {self.shape}, got {action.shape}")
+        if not self.discrete:
+            return action
+        whole = action.dtype.kind in "iu"
+        if whole:
+            action = action.astype(np.int64, copy=False)
+            # read without a sign, a number below the lowest action is a huge one
+            bad = (action - self.low).view(np.uint64) >= self.count
+            if not np.count_nonzero(bad):
+                return action
+        row = int(bad.argmax()) if whole else 0
+        allowed = f"[{self.low}, {self.low + self.count - 1}]"
+        raise ValueError(f"action of env {row} must be a whole number in {allowed}, got {action[row]}")
 
 
 def _successor(obs: Any, info: dict[str, Any], ended: np.ndarray) -> Any:
     """The observations that the step led to: `obs`, with the last one of each ended episode put in."""
     rows = np.flatnonzero(ended)
-    if not len(rows):
-        return obs
     final = info["final_obs"]
     if isinstance(final, dict):
         last = [{name: part[i] for name, part in final.items()} for i in rows]
@@ -186,14 +217,23 @@ def _put(obs: Any, rows: np.ndarray, last: Sequence[Any]) -> Any:
     return changed
 
 
-def _check_finite(value: Any, what: str, step: int) -> None:
-    if isinstance(value, dict):
-        for name, part in value.items():
-            _check_finite(part, f"{what} {name!r}", step)
-    elif isinstance(value, tuple):
-        for part in value:
-            _check_finite(part, what, step)
-    elif np.issubdtype(value.dtype, np.inexact) and not np.isfinite(value).all():
-        row = int(np.argwhere(~np.isfinite(value))[0][0])
-        wrong = value[row][~np.isfinite(value[row])].flat[0]
-        raise UserError(f"{what} of env {row} is {wrong} at step {step}: it must be finite")
+def _leaves(obs: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
+    if isinstance(obs, dict):
+        for name, part in obs.items():
+            yield from _leaves(part, (*path, name))
+    elif isinstance(obs, tuple):
+        for k, part in enumerate(obs):
+            yield from _leaves(part, (*path, k))
+    elif isinstance(obs, np.ndarray):
+        yield path, obs
+
+
+def _finite(value: np.ndarray) -> bool:
+    # the sum of squares takes one pass; only where it overflows must each number be asked
+    return math.isfinite(np.vdot(value, value)) or bool(np.isfinite(value).all())
+
+
+def _not_finite(value: np.ndarray, what: str, step: int) -> UserError:
+    row = int(np.argwhere(~np.isfinite(value))[0][0])
+    wrong = value[row][~np.isfinite(value[row])].flat[0]
+    return UserError(f"{what} of env {row} is {wrong} at step {step}: it must be finite")

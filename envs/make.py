@@ -54,7 +54,7 @@ def make(
     else:
         names = tuple(field.name for field in dataclasses.fields(EnvConfig))
         refuse(config, names, f"{spec.id}: it is not an Atari game")
-        env = _make_general(spec, num_envs, vectorization)
+        env = _make_general(spec, full_id(env_id), num_envs, vectorization)
         reset(env, seed)
         line = f"{spec.id}: {_shape(env.single_observation_space)} -> {_shape(env.single_action_space)}"
         limit = f", at most {spec.max_episode_steps} steps" if spec.max_episode_steps else ""
@@ -79,9 +79,24 @@ def frame_stack(env: VectorEnv) -> int:
     return env.metadata.get("frame_stack", 1)
 
 
+def fps(env: VectorEnv) -> float:
+    """Steps per second at which a person would watch: the console's speed for Atari."""
+    skip = env.metadata.get("console")
+    return 60 / skip if skip else float(env.metadata.get("render_fps") or 30)
+
+
+def full_id(env_id: str) -> str:
+    """The id in the registry, with its version, behind the module that registers it: `package:MyEnv-v0`.
+
+    Raises: UserError with the nearest match.
+    """
+    return "".join(env_id.rpartition(":")[:2]) + resolve(env_id).id
+
+
 def resolve(env_id: str, say: Callable[[str], None] | None = None) -> EnvSpec:
     """Find an id in gymnasium's registry; without a version it means the newest one, and `say` is told.
 
+    `package:MyEnv-v0` first imports `package`, which must register the environment.
     Raises: UserError with the nearest match.
     """
     register()
@@ -91,7 +106,7 @@ def resolve(env_id: str, say: Callable[[str], None] | None = None) -> EnvSpec:
     if module:
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except (ImportError, TypeError, ValueError) as error:  # `.x` is a TypeError
             raise UserError(f"cannot import {module!r} of env {env_id!r}: {error}") from None
     if name in gymnasium.registry:
         return gymnasium.registry[name]
@@ -134,18 +149,19 @@ def _make_atari(game: Game, num_envs: int, seed: int, vectorization: str) -> Vec
     line = game.describe(int(env.single_action_space.n))  # type: ignore[attr-defined]  (Discrete)
     stack = 1 if game.ram else game.config.stack
     facts = {"frame_skip": game.frame_skip, "frame_stack": stack, "description": line}
+    facts["console"] = game.frame_skip  # frames of a console that shows 60 a second
     env.metadata = {**env.metadata, **facts}
     return env
 
 
-def _make_general(spec: EnvSpec, num_envs: int, vectorization: str) -> VectorEnv:
+def _make_general(spec: EnvSpec, full: str, num_envs: int, vectorization: str) -> VectorEnv:
     if vectorization in ("auto", "vector"):
         env = _own_vectorised(spec, num_envs)
         if env is not None:
             return env
         if vectorization == "vector":
             raise UserError(f"{spec.id} has no vectorised version fit for use: choose sync or async")
-    one = functools.partial(_scalar, spec.id)
+    one = functools.partial(_scalar, full)
     return _copies(one, num_envs, vectorization, spec.id, str(spec.entry_point))
 
 
@@ -187,9 +203,8 @@ def _mend(env_id: str, entry_point: str, error: Exception) -> UserError:
 
 def _scalar(env_id: str, **keywords: Any) -> gymnasium.Env:
     """One environment; also runs in the processes of `async`, where nothing is registered yet."""
-    resolve(env_id)
     # the collector checks what matters, for every kind of env
-    return gymnasium.make(env_id, disable_env_checker=True, **keywords)
+    return gymnasium.make(resolve(env_id).id, disable_env_checker=True, **keywords)
 
 
 class SameStepCartPole(VectorWrapper):

@@ -60,6 +60,8 @@ class View:
         except gymnasium.error.DependencyNotInstalled as error:
             hint = 'pip install "chordate[window]"' if "pygame" in str(error) else str(error)
             raise UserError(f"drawing this environment needs more packages: {hint}") from None
+        except Exception as error:  # a renderer breaks in its own ways, such as OpenGL without a display
+            raise UserError(f"this environment cannot be drawn: {_reason(error)}") from error
         if picture is None or not isinstance(picture[0], np.ndarray) or picture[0].ndim != 3:
             raise UserError(f"{self.env} draws no picture")
         return picture[0]
@@ -96,8 +98,12 @@ def _drawn(env_id: str, **keywords: Any) -> gymnasium.Env:
         return gymnasium.make(env_id, render_mode="rgb_array", **keywords)
     except gymnasium.error.DependencyNotInstalled as error:
         raise UserError(f"{env_id} cannot be drawn: {error}") from None
-    except (gymnasium.error.Error, TypeError, ValueError) as error:
-        raise UserError(f"{env_id} draws no picture: {error}") from None
+    except Exception as error:  # a renderer breaks in its own ways
+        raise UserError(f"{env_id} draws no picture: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _alone(one: Any) -> VectorEnv:

@@ -41,16 +41,18 @@ class Ring:
         stack: int = 1,
         n_step: int = 1,
         gamma: float = 0.99,
+        clip_reward: bool = False,
         rng: np.random.Generator,
     ) -> None:
         """Reserve memory; pages are taken from the system only as the ring fills."""
         self.slots = capacity // num_envs  # L, slots of one lane
         if self.slots < stack + n_step + 1:
             raise ValueError(
-                f"capacity must be at least {num_envs * (stack + n_step + 1)} for {num_envs} environments, "
+                f"--capacity must be at least {num_envs * (stack + n_step + 1)} for {num_envs} environments, "
                 f"got {capacity}"
             )
         self.num_envs, self.stack, self.n_step, self.gamma, self.rng = num_envs, stack, n_step, gamma, rng
+        self.clip_reward = clip_reward
         total = num_envs * self.slots
         if stack > 1 and isinstance(observation_space, spaces.Dict):
             raise ValueError("the replay stacks plain observations, not Dict ones")
@@ -190,16 +192,19 @@ class Ring:
         if n == 1:
             slot = base + position % self.slots
             alive = (self._flag[slot] & TERMINATED) == 0
-            return self._reward[slot], alive * np.float32(gamma), np.ones_like(position)
+            return self._rewards(slot), alive * np.float32(gamma), np.ones_like(position)
         slot = base[:, None] + (position[:, None] + np.arange(n)) % self.slots  # (B, n)
         flag = self._flag[slot]
         alive = np.ones(slot.shape, bool)  # (B, n) no episode end before this step
         alive[:, 1:] = np.cumsum(flag[:, :-1] != 0, axis=1) == 0
         taken = alive.sum(axis=1)  # k (B,)
-        reward = (self._reward[slot] * alive) @ (gamma ** np.arange(n, dtype=np.float32))
+        reward = (self._rewards(slot) * alive) @ (gamma ** np.arange(n, dtype=np.float32))
         terminated = flag[np.arange(len(taken)), taken - 1] & TERMINATED
         discount = gamma ** np.arange(n + 1, dtype=np.float32)
         return reward.astype(np.float32), np.where(terminated, np.float32(0), discount[taken]), taken
+
+    def _rewards(self, slot: np.ndarray) -> np.ndarray:
+        return np.sign(self._reward[slot]) if self.clip_reward else self._reward[slot]
 
     def _observations(self, base: np.ndarray, position: np.ndarray, taken: np.ndarray) -> tuple[Any, Any]:
         """Observations at `position` and `taken` steps later."""

@@ -228,6 +228,8 @@ def _warn(line: str) -> None:
 
 
 def _claim(path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; choose a new or empty folder for --run")
     path.mkdir(parents=True, exist_ok=True)
     if (path / CONFIG).exists():
         raise UserError(_taken(path))
@@ -259,6 +261,8 @@ def _plain(name: Any) -> str:
 
 
 def _no_run(folder: Path) -> str:
+    if folder.is_file():
+        return f"no run at {folder}: it is a file, not a run folder"
     if not folder.is_dir():
         beside = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
         return f"no run at {folder}: no such folder.{nearest(folder.name, beside)}"

@@ -124,7 +124,11 @@ class Panel:
         return [*rows, ("elapsed", duration(self._clock() - self._started))]
 
     def _right_column(self) -> list[tuple[str, str]]:
-        return [(name.rstrip("_").replace("_", " "), number(value)) for name, value in self._values.items() if value != ""]
+        return [
+            (name.rstrip("_").replace("_", " "), number(value))
+            for name, value in self._values.items()
+            if value != ""
+        ]
 
     def _line(self) -> str:
         rates = self._rates()

@@ -158,6 +158,17 @@ def test_an_action_out_of_range_is_refused_before_the_emulator_hangs(action: int
     collector.close()
 
 
+def test_the_emulator_itself_refuses_an_action_out_of_range() -> None:
+    env = make("ALE/Pong-v5", config=EnvConfig(size=16))
+    env.reset()
+    with pytest.raises(ValueError, match=r"action of env 0 must be a whole number in \[0, 5\], got 99"):
+        env.step([99])
+    with pytest.raises(ValueError, match=r"shape \(1,\), got \(2,\)"):
+        env.step(np.zeros(2, int))
+    env.step([5])
+    env.close()
+
+
 def test_other_bad_actions_are_refused() -> None:
     collector = Collector(make("CartPole-v1", 2), 0)
     with pytest.raises(ValueError, match=r"shape \(2,\), got \(3,\)"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from envs import Collector, EnvConfig, describe, frame_skip, make
+from envs import Collector, EnvConfig, describe, frame_skip, full_id, make
 from envs.atari import Atari, protocol
 from envs.collect import spread
 from envs.make import SameStepCartPole, resolve
@@ -52,6 +52,8 @@ def test_short_id_takes_the_newest_version_and_says_so() -> None:
         ("CartPloe-v1", ["'CartPole-v1'"]),
         ("pong", ["unknown env 'pong'", "Did you mean"]),
         ("nothing_like_it:Env-v0", ["cannot import 'nothing_like_it'"]),
+        (".x:y", ["cannot import '.x'"]),
+        ("..:y", ["cannot import '..'"]),
         ("Pong-v4", ["random frame skip", "ALE/Pong-v5", "PongNoFrameskip-v4", "--frame-skip"]),
     ],
 )
@@ -59,6 +61,17 @@ def test_bad_ids_are_named_with_what_would_work(env_id: str, words: list[str]) -
     with pytest.raises(UserError) as error:
         make(env_id)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_an_id_with_a_module_registers_it_and_keeps_it(tmp_path: Path, monkeypatch) -> None:
+    entry = "envs.diagnostic:Identity"
+    (tmp_path / "own_envs.py").write_text(f"import gymnasium\ngymnasium.register('Own-v3', '{entry}')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert full_id("own_envs:Own") == full_id("own_envs:Own-v3") == "own_envs:Own-v3"
+    assert full_id("CartPole") == "CartPole-v1" and full_id("ALE/Pong") == "ALE/Pong-v5"
+    env = make("own_envs:Own", 2, vectorization="async")  # its processes have to import it, too
+    Collector(env, 0).close()
+    gymnasium.registry.pop("Own-v3")
 
 
 @pytest.mark.parametrize(("env_id", "module"), [("HalfCheetah-v5", "mujoco"), ("LunarLander-v3", "box2d")])

@@ -89,6 +89,7 @@ def trained(
         stack=envs.frame_stack(env),
         n_step=agent.config.n_step,
         gamma=agent.config.gamma,
+        clip_reward=agent.config.clip_reward,
         rng=np.random.default_rng(seed),
     )
     watch, collector = Quiet(between), Collector(env, seed, overlap=overlap)

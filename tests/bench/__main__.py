@@ -132,7 +132,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)} (default all)")
     parser.add_argument("--json", metavar="FILE", help="write every number")
     parser.add_argument("--rounds", type=int, metavar="N", help="of a comparison (default 3; quote from 5)")
-    parser.add_argument("--quick", action="store_true", default=False, help="a second of each: shows that it works, no more")
+    parser.add_argument(
+        "--quick", action="store_true", default=False, help="a second of each: shows that it works, no more"
+    )
     given = parser.read(arguments)
     names = list(dict.fromkeys(given.get("names") or NAMES))
     for name in names:
