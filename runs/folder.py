@@ -229,7 +229,7 @@ def _warn(line: str) -> None:
 
 def _claim(path: Path) -> Path:
     if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; choose a new or empty folder for --run")
+        raise UserError(f"cannot write a run to {path}: it is a file; choose a folder for --run")
     path.mkdir(parents=True, exist_ok=True)
     if (path / CONFIG).exists():
         raise UserError(_taken(path))
