@@ -68,7 +68,7 @@ class Config:
 
 
 def q_target(reward: Tensor, discount: Tensor, next_q: Tensor, select_q: Tensor) -> Tensor:
-    """Y = R + discount * next_q[argmax select_q].
+    """y = R + discount * next_q[argmax select_q].
 
     Shapes: reward, discount (B,); next_q from the target net and select_q (B, A) -> (B,), without gradient.
     Source: van Hasselt et al. 2016, eq. 4 (select_q from the online net); Mnih et al. 2015 (select_q = next_q).
@@ -157,7 +157,7 @@ class DQN:
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         config = self.config
         self.optimizer = Adam(
-            self.online.parameters(),
+            (p for p in self.online.parameters() if p.requires_grad),  # a backbone may come frozen
             lr=config.lr,
             lr_end=config.lr_end,
             decay=max(config.lr_steps // config.train_every * config.updates, 1),

@@ -21,33 +21,33 @@ class Preset(NamedTuple):
     why: str
 
 
+PONG = dict(
+    num_envs=8,
+    size=42,
+    net="light",
+    norm=True,
+    lr=1e-3,
+    batch=128,
+    train_every=8,
+    updates=2,
+    learning_starts=5_000,
+    capacity=200_000,
+    n_step=5,
+    target_every=300,
+    adam_eps=1e-4,
+    epsilon_end=0.01,
+    epsilon_steps=50_000,
+    clip_reward=True,
+    eval_every=50_000,
+)
+PONG_WHY = "found on two cores: runs/reference/README.md"
 PRESETS = {
     "pong": Preset(
-        "dqn",
-        ("ALE/Pong-v*", "Pong*-v*"),
-        dict(
-            steps=750_000,
-            num_envs=8,
-            size=42,
-            net="light",
-            norm=True,
-            lr=1e-3,
-            lr_end=1e-4,
-            lr_steps=600_000,
-            batch=128,
-            train_every=8,
-            updates=2,
-            learning_starts=5_000,
-            capacity=200_000,
-            n_step=5,
-            target_every=300,
-            adam_eps=1e-4,
-            epsilon_end=0.01,
-            epsilon_steps=50_000,
-            clip_reward=True,
-            eval_every=50_000,
-        ),
-        "found here, see agents/README.md",
+        "dqn", ("ALE/Pong-v*",), PONG | dict(steps=1_500_000, lr_end=1e-4, lr_steps=1_500_000), PONG_WHY
+    ),
+    # without sticky actions a fifth of the steps will do
+    "pong-noframeskip": Preset(
+        "dqn", ("PongNoFrameskip-v*",), PONG | dict(steps=300_000, lr_end=1e-4, lr_steps=300_000), PONG_WHY
     ),
     "nature": Preset(
         "dqn",

@@ -169,9 +169,11 @@ def train(
         chosen = parts(resolved)
         agent = load(agent)(chosen.agent, backbone=resolved["backbone"], net=chosen.net)
     else:
-        named = isinstance(agent.backbone, str)
-        shown = agent.backbone if named else f"{OBJECT}{type(agent.backbone).__name__}"
-        own = {**dataclasses.asdict(agent.config), "backbone": shown, **agent.net}
+        own = {**dataclasses.asdict(agent.config), **agent.net, "backbone": agent.backbone}
+        for key in settings.keys() & own.keys():
+            raise UserError(f"{key} belongs to the agent object: give it to {type(agent).__name__}(...)")
+        if not isinstance(agent.backbone, str):
+            own["backbone"] = f"{OBJECT}{type(agent.backbone).__name__}"
         resolved = resolve(agent.name, {**own, **settings, "env": env}, file or {}, "none", say)
         chosen = parts(resolved)
     return _train(agent, resolved, chosen, run, root, say, begun)

@@ -102,15 +102,11 @@ class Watch:
         if due(self.config.log_every, before, step) or step >= self.config.steps:
             self.log(step)
         self.panel.update(step, step * self.frame_skip)
-        if (
-            self.config.eval_every and due(self.config.eval_every, before, step) and step < self.config.steps
-        ):  # the last has its own
+        if step >= self.config.steps:  # the end has its own evaluation and checkpoint
+            return
+        if self.config.eval_every and due(self.config.eval_every, before, step):
             self.evaluate(step)
-        if (
-            self.config.checkpoint_every
-            and due(self.config.checkpoint_every, before, step)
-            and step < self.config.steps
-        ):
+        if self.config.checkpoint_every and due(self.config.checkpoint_every, before, step):
             self.save(step)
 
     def evaluate(self, step: int) -> None:
