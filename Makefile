@@ -14,7 +14,7 @@ test: .venv/dev       ## everything but slow and GPU-only tests
 lint: .venv/dev       ## format, rules, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: .venv/dev     ## rewrite files in the house style
 	$(BIN)/ruff format .

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agents.dqn import DQN
+    from agents.training import train
 
 __all__ = ["AGENTS", "DQN", "load", "train"]
 

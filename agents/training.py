@@ -167,8 +167,9 @@ def train(
     if isinstance(agent, str):
         resolved = resolve(agent, {**settings, "env": env}, file or {}, preset, say)
         chosen = parts(resolved)
-        agent = load(agent)(chosen.agent, backbone=resolved["backbone"], net=chosen.net)
+        learner: Agent = load(agent)(chosen.agent, backbone=resolved["backbone"], net=chosen.net)
     else:
+        learner = agent
         own = {**dataclasses.asdict(agent.config), **agent.net, "backbone": agent.backbone}
         for key in settings.keys() & own.keys():
             raise UserError(f"{key} belongs to the agent object: give it to {type(agent).__name__}(...)")
@@ -176,7 +177,7 @@ def train(
             own["backbone"] = f"{OBJECT}{type(agent.backbone).__name__}"
         resolved = resolve(agent.name, {**own, **settings, "env": env}, file or {}, "none", say)
         chosen = parts(resolved)
-    return _train(agent, resolved, chosen, run, root, say, begun)
+    return _train(learner, resolved, chosen, run, root, say, begun)
 
 
 def _train(

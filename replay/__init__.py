@@ -1,11 +1,16 @@
 """What is remembered: rings of transitions, and the types that cross the rooms."""
 
+from typing import TYPE_CHECKING, Any
+
 from replay.types import Batch, Decision, Transition, Update
+
+if TYPE_CHECKING:
+    from replay.ring import Ring
 
 __all__ = ["Batch", "Decision", "Ring", "Transition", "Update"]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """Import the ring, and with it torch, only when it is asked for."""
     if name == "Ring":
         from replay.ring import Ring
