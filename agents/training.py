@@ -253,10 +253,12 @@ def restore(path: str | Path, which: str) -> tuple[Agent, dict[str, Any], EnvCon
     settings: dict[str, Any] = run.config
     if str(settings.get("backbone", "")).startswith(OBJECT):
         raise UserError(f"{path} was trained on a backbone object of its program; load its weights there")
-    try:
+    try:  # a knob that came later had its default's effect before
+        groups = owners(settings["agent"], settings["backbone"]).values()
+        settings = {field.name: field.default for owner in groups for field in fields(owner)} | settings
         chosen = parts(settings)
     except KeyError as error:
-        raise UserError(f"{path}/config.json lacks {error}; was it written by another version?") from None
+        raise UserError(f"{path}/config.json lacks {error}; it describes no run of these commands") from None
     state = run.load(which)
     agent = load(settings["agent"])(chosen.agent, backbone=settings["backbone"], net=chosen.net)
     env = envs.make(chosen.run.env, 1, 0, chosen.env)
