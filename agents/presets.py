@@ -87,7 +87,7 @@ PRESETS = {
             hidden=(256, 256),
             eval_every=5_000,
         ),
-        "the zoo's published settings for CartPole-v1, with a falling step size: at a constant one the policy comes and goes",
+        "the zoo's published settings, with a step size that falls: at a constant one the policy comes and goes",
     ),
 }
 
