@@ -165,12 +165,14 @@ class DQN:
             max_norm=config.max_grad_norm,
         )
         self._learn = guarded_compile(self.learn, say) if compute.compile else self.learn
-        # acting reads a copy in the precision of the layers: casting all weights at each step costs more than acting
         self._actor = self.online
-        if compute.precision == "bf16":
-            self._actor = copy.deepcopy(self.online).requires_grad_(False)
+        if (
+            compute.precision == "bf16"
+        ):  # nets that are only read hold what autocast would cast them to each time
+            self._actor = copy.deepcopy(self.target)
             self._actor.backbone.to(torch.bfloat16)
-        self._acts_with = self.updates
+            if config.tau == 1:  # a target that creeps needs the digits
+                self.target.backbone.to(torch.bfloat16)
 
     @property
     def parameters(self) -> int:
@@ -200,9 +202,6 @@ class DQN:
 
     def values(self, obs: Any) -> np.ndarray:
         """Q(s, .) (N, A) of numpy observations (N, *S)."""
-        if self._acts_with != self.updates:
-            copy_weights(self.online, self._actor)
-            self._acts_with = self.updates
         with torch.inference_mode(), self.compute.autocast():
             return self._actor(_to(obs, self.compute.device)).cpu().numpy()
 
@@ -228,6 +227,7 @@ class DQN:
         """Loss, gradient and one step of Adam, in one graph where it is compiled: metrics, and |TD error| (B,)."""
         loss, metrics, error = self.loss(batch)
         norm = self.optimizer.step(torch.autograd.grad(loss, self.optimizer.parameters))
+        copy_weights(self.online, self._actor)
         return metrics | {"train/grad_norm": norm}, error.abs()
 
     def update(self, batch: Batch) -> Update:
@@ -257,7 +257,7 @@ class DQN:
         self.load_weights(state["weights"])
         self.target.load_state_dict(state["target"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.updates = self._acts_with = state["counters"]["updates"]
+        self.updates = state["counters"]["updates"]
         self._rng.bit_generator.state = state["counters"]["exploration"]
 
 
