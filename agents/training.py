@@ -229,16 +229,8 @@ def _train(
             "env": config.env,
             "backbone": settings["backbone"],
             "seed": config.seed,
-            "steps": step,
-            "frames": step * envs.frame_skip(env),
-            "updates": agent.updates,
-            "seconds": seconds,
-            "seconds_to_first_update": watch.first_update,
-            "steps_per_second": rates,
-            "evaluation": watch.evaluation or None,
+            **watch.facts(step, seconds, rates),
             "peak_memory_bytes": _peak_memory(),
-            "parameters": agent.parameters,
-            "finished": not stop.signal,
         }
         run.summary(facts)
     return Result(run.path, agent, facts, stop.signal)

@@ -6,6 +6,7 @@ Nothing here changes what is learned: evaluation has its own environments and dr
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -34,12 +35,9 @@ class Stop:
 
     def __enter__(self) -> Stop:
         """Take over both signals, where this is the main thread."""
-        self._before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[number] = signal.signal(number, self._ask)
-            except ValueError:  # not the main thread: its owner handles signals
-                pass
+        main = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
+        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+        self._before = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -139,10 +137,19 @@ class Watch:
     def _film(self, step: int) -> None:
         seed = self.evaluator.seed + 1
         try:
-            shown = film(self.agent, self.evaluator.env_id, self.evaluator.config, seed, FILM_STEPS)
+            shown = film(
+                self.agent,
+                self.evaluator.env_id,
+                self.evaluator.config,
+                seed,
+                FILM_STEPS,
+                lambda: self.stopping,
+            )
         except UserError as error:
             self.panel.say(f"no film: {error}")
             self._films = False
+            return
+        if not len(shown.frames):  # a signal came
             return
         every = max(1, 4 // self.frame_skip)
         self.run.video(step, "eval/episode", shown.frames[::every], fps=15)
@@ -169,6 +176,20 @@ class Watch:
         if self._steady is not None and step > self._steady[0]:
             steady = (step - self._steady[0]) / (self.seconds - self._aside - self._steady[1])
         return {"whole": step / self.seconds, "steady": steady}
+
+    def facts(self, step: int, seconds: float, rates: dict[str, float | None]) -> dict[str, Any]:
+        """What this run did, for its summary; `seconds` and `rates` end before the last evaluation."""
+        return {
+            "steps": step,
+            "frames": step * self.frame_skip,
+            "updates": self.agent.updates,
+            "seconds": seconds,
+            "seconds_to_first_update": self.first_update,
+            "steps_per_second": rates,
+            "evaluation": self.evaluation or None,
+            "parameters": self.agent.parameters,
+            "finished": not self.stopping,
+        }
 
     def _note_update(self, step: int) -> None:
         if self.first_update is None:

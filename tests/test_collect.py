@@ -260,4 +260,6 @@ def test_closing_in_the_middle_of_a_step() -> None:
         collector = Collector(env, 0)
         collector.send(np.zeros(2, int))
         collector.close()
-        collector.close()
+        collector.close()  # a second time does nothing
+        with pytest.raises(RuntimeError, match="recv called without send"):
+            collector.recv()

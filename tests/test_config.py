@@ -93,7 +93,9 @@ def test_a_knob_is_the_same_from_flag_to_json(tmp_path: Path) -> None:
 
 
 def test_defaults_pass_the_check() -> None:
-    check(Settings, {field.name: field.default for field in fields(Settings)})
+    defaults = {field.name: field.default for field in fields(Settings)}
+    assert len(defaults) > 5
+    check(Settings, defaults)  # raises if one is out of its own range
 
 
 def test_only_what_was_given_comes_back() -> None:
@@ -157,6 +159,8 @@ def test_settings_that_may_be_none() -> None:
 def test_bounds_belong_to_the_range() -> None:
     check(Settings, {"gamma": 0.0})
     check(Settings, {"gamma": 1.0, "lr": 1.0, "steps": 1})
+    for name, beyond in (("gamma", 1.0001), ("gamma", -0.0001), ("lr", 1.0001), ("steps", 0)):
+        assert f"got {beyond}" in complaint(check, Settings, {name: beyond})
 
 
 # -- wrong values --------------------------------------------------------------------------------------------
