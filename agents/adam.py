@@ -11,16 +11,17 @@ Source: Kingma and Ba 2015, arXiv 1412.6980, algorithm 1 in the order of operati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 B1, B2 = 0.9, 0.999
 
 
 class Adam:
-    """The moments of some parameters; `step` changes both. All state lies in tensors."""
+    """The moments of some parameters; `begin` and `step` change both."""
 
     def __init__(
         self,
@@ -38,22 +39,30 @@ class Adam:
         self.eps, self.max_norm = eps, max_norm
         self.first = [torch.zeros_like(p) for p in self.parameters]
         self.second = [torch.zeros_like(p) for p in self.parameters]
-        self.count = torch.zeros((), device=self.parameters[0].device)  # t
+        self.count = 0  # t
+        self.rate, self.floor = (torch.zeros((), device=self.parameters[0].device) for _ in range(2))
+
+    def begin(self) -> None:
+        """Count one more step and set its two factors; call it before each `step`.
+
+        In tensors and outside of the compiled graph, which would work the powers out anew for every few parameters.
+        """
+        lr = self.lr + (self.lr_end - self.lr) * min(self.count / self.decay, 1.0)
+        self.count += 1
+        root = math.sqrt(1 - B2**self.count)
+        self.rate.fill_(lr * root / (1 - B1**self.count))
+        self.floor.fill_(self.eps * root)
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> Tensor:
         """Move the parameters; returns the norm () of all gradients before clipping."""
-        norm = nn.utils.get_total_norm(gradients)
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
         scale = torch.clamp(self.max_norm / (norm + 1e-6), max=1.0)
-        lr = self.lr + (self.lr_end - self.lr) * torch.clamp(self.count / self.decay, max=1.0)
-        self.count.add_(1)
-        root = (1 - B2**self.count).sqrt()
-        rate, eps = lr * root / (1 - B1**self.count), self.eps * root
         for p, g, m, v in zip(self.parameters, gradients, self.first, self.second, strict=True):
             g = g * scale
             m.lerp_(g, 1 - B1)
             v.mul_(B2).addcmul_(g, g, value=1 - B2)
-            p.sub_(rate * m / (v.sqrt() + eps))
+            p.sub_(self.rate * m / (v.sqrt() + self.floor))
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -62,10 +71,11 @@ class Adam:
         named = {
             f"{kind}.{i}": tensor for kind, tensors in moments.items() for i, tensor in enumerate(tensors)
         }
-        return {"count": self.count, **named}
+        return {"count": torch.tensor(self.count), **named}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take back what `state_dict` gave; raises KeyError where a tensor is missing."""
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
+        self.count = int(state["count"])

@@ -64,8 +64,8 @@ class Agent(Protocol):
         """How much the agent explores at a step (epsilon), for the logs."""
         ...
 
-    def update(self, batch: Batch) -> Update:
-        """One gradient step."""
+    def update(self, batch: Batch, steps: int = 1) -> Update:
+        """A gradient step from each of `steps` equal parts of the batch, in order."""
         ...
 
     def state_dict(self) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ number of samples learned per step does not depend on the number of environments
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -202,18 +202,20 @@ class DQN:
 
     def values(self, obs: Any) -> np.ndarray:
         """Q(s, .) (N, A) of numpy observations (N, *S)."""
-        with torch.inference_mode(), self.compute.autocast():
+        with self.compute.acting():
             return self._actor(_to(obs, self.compute.device)).cpu().numpy()
 
     def probabilities(self, obs: Any) -> np.ndarray:
         """See `Agent.probabilities`: 1 for the greedy action."""
         return np.eye(self.actions, dtype=np.float32)[self.values(obs).argmax(axis=1)]
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The loss (), metrics, and the TD error (B,)."""
+    def loss(self, batch: Batch, next_q: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The loss (), metrics, and the TD error (B,); `next_q` (B, A) where the target net's values are known."""
         with self.compute.autocast():
             with torch.no_grad():
-                next_q = self.target(batch.next_obs)
+                if next_q is None:
+                    next_q = self.target(batch.next_obs)
+                assert next_q is not None
                 select_q = self.online(batch.next_obs) if self.config.double else next_q
                 target = q_target(batch.reward, batch.discount, next_q, select_q)
             q = self.online(batch.obs)
@@ -223,20 +225,43 @@ class DQN:
         metrics = {"loss/td": loss.detach(), "q/mean": q.detach().mean(), "q/target": target.mean()}
         return loss, metrics, error
 
-    def learn(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def learn(self, batch: Batch, next_q: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
         """Loss, gradient and one step of Adam, in one graph where it is compiled: metrics, and |TD error| (B,)."""
-        loss, metrics, error = self.loss(batch)
+        loss, metrics, error = self.loss(batch, next_q)
         norm = self.optimizer.step(torch.autograd.grad(loss, self.optimizer.parameters))
         copy_weights(self.online, self._actor)
         return metrics | {"train/grad_norm": norm}, error.abs()
 
-    def update(self, batch: Batch) -> Update:
-        """`learn`; the target net follows when it is due."""
-        metrics, error = self._learn(Batch(*(_to(part, self.compute.device) for part in batch)))
-        self.updates += 1
-        if self.updates % self.config.target_every == 0:
-            copy_weights(self.online, self.target, self.config.tau)
-        return Update(metrics, error)
+    def update(self, batch: Batch, steps: int = 1) -> Update:
+        """`learn` from each of `steps` equal parts of the batch in turn; the target net follows when it is due.
+
+        Between two copies the target net stands still: its values for all parts until the next one take one pass.
+        """
+        batch = Batch(*(_to(leaf, self.compute.device) for leaf in batch))
+        size, done = len(batch.reward) // steps, 0
+        self.compute.learning()
+        parts = [Batch(*part) for part in zip(*(_split(leaf, size) for leaf in batch), strict=True)]
+        metrics: dict[str, Tensor] = {}
+        errors: list[Tensor] = []
+        while done < steps:
+            now = min(steps - done, self.config.target_every - self.updates % self.config.target_every)
+            known = self._frozen(batch.next_obs, size, slice(done * size, (done + now) * size))
+            for part, next_q in zip(parts[done : done + now], known, strict=True):
+                self.optimizer.begin()
+                metrics, error = self._learn(part, next_q)
+                errors.append(error)
+            self.updates, done = self.updates + now, done + now
+            if self.updates % self.config.target_every == 0:
+                copy_weights(self.online, self.target, self.config.tau)
+        return Update(metrics, errors[0] if steps == 1 else torch.cat(errors))
+
+    def _frozen(self, next_obs: Any, size: int, rows: slice) -> Sequence[Tensor | None]:
+        """The target net's values (B, A) for each part in `rows`; a single part's belong in its own graph."""
+        if rows.stop - rows.start == size:
+            return [None]
+        chosen = {k: v[rows] for k, v in next_obs.items()} if isinstance(next_obs, dict) else next_obs[rows]
+        with torch.no_grad(), self.compute.autocast():
+            return self.target(chosen).split(size)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """See `Agent.state_dict`."""
@@ -266,3 +291,13 @@ def _to(part: Any, device: str) -> Any:
     if isinstance(part, dict):
         return {name: _to(leaf, device) for name, leaf in part.items()}
     return torch.as_tensor(part).to(device, non_blocking=True)
+
+
+def _split(leaf: Any, size: int) -> Sequence[Any]:
+    """Parts of `size` rows, in order, without a copy."""
+    if isinstance(leaf, dict):
+        return [
+            dict(zip(leaf, part, strict=True))
+            for part in zip(*(v.split(size) for v in leaf.values()), strict=True)
+        ]
+    return leaf.split(size)

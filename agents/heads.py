@@ -20,5 +20,7 @@ class QHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Values of all actions."""
+        if not torch.is_autocast_enabled(features.device.type):
+            return self.q(features.float())
         with torch.autocast(features.device.type, enabled=False):
             return self.q(features.float())

@@ -7,10 +7,14 @@ envs --Transition--> replay --Batch--> agent.update --metrics--> watch --> runs/
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from agents.base import Agent, due
 from agents.watch import Watch
 from envs import Collector
 from replay import Ring, Update
+
+PORTION = 16 << 20  # bytes of samples drawn at a time
 
 
 def off_policy(agent: Agent, collector: Collector, replay: Ring, watch: Watch, steps: int) -> int:
@@ -27,9 +31,18 @@ def off_policy(agent: Agent, collector: Collector, replay: Ring, watch: Watch, s
         collector.send(decision.action)
         before, step = step, step + num_envs
         update: Update | None = None
-        if before >= config.learning_starts and len(replay):  # n-step samples need n steps more
-            for _ in range(due(config.train_every, before, step) * config.updates):
-                update = agent.update(replay.sample(config.batch))
+        updates = due(config.train_every, before, step) * config.updates
+        if updates and before >= config.learning_starts and len(replay):  # n-step samples need n steps more
+            for count in portions(updates, config.batch, replay):
+                update = agent.update(replay.sample(count * config.batch), count)
         replay.add(collector.recv())
         watch.after(before, step, collector.episodes, update)
     return step
+
+
+def portions(updates: int, batch: int, replay: Ring) -> Iterator[int]:
+    """How many updates to draw samples for at a time: many, as long as their samples fit into a cache."""
+    most = max(PORTION // (batch * replay.sample_nbytes), 1)
+    while updates > 0:
+        yield min(updates, most)
+        updates -= most

@@ -197,7 +197,8 @@ def _train(
     compute = choose(chosen.compute, image=_sees_image(env), updates=_updates(config, chosen.agent), say=say)
     agent.build(env.single_observation_space, env.single_action_space, compute, of_agent, say)
     replay = _ring(chosen.agent, config, env, np.random.default_rng(of_replay))
-    decided = {**dataclasses.asdict(compute), "compile": "on" if compute.compile else "off"}
+    decided = {field.name: getattr(compute, field.name) for field in fields(ComputeConfig)}
+    decided["compile"] = "on" if compute.compile else "off"
     run = Run.create({**settings, **decided}, root=root, path=path)  # a rerun of config.json decides the same
     say(f"{compute}; run folder {run.path}")
     seed = _number(of_evaluation)

@@ -7,10 +7,11 @@ same machine computes the same bits.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -18,6 +19,8 @@ import torch
 from torch import nn
 
 from runs.config import Knob, UserError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,20 @@ class Compute:
     precision: str
     threads: int
     compile: bool
+    threads_acting: int = 1
+
+    def learning(self) -> None:
+        """Use the threads that learning uses."""
+        if self.threads_acting != self.threads:
+            torch.set_num_threads(self.threads)
+
+    @contextlib.contextmanager
+    def acting(self) -> Iterator[None]:
+        """No gradients, the precision of layers, and the threads for few observations."""
+        if self.threads_acting != self.threads:
+            torch.set_num_threads(self.threads_acting)
+        with torch.inference_mode(), self.autocast():
+            yield
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Layers in bf16 where that was chosen; nothing elsewhere."""
@@ -58,26 +75,29 @@ class Compute:
 def choose(config: ComputeConfig, *, image: bool, updates: int, say: Callable[[str], None]) -> Compute:
     """Resolve every "auto" for a net that reads images or not, in a run of about `updates` updates.
 
-    Sets torch's thread count. Small dense nets are fastest on one thread (the cost is dispatch, not arithmetic);
-    convolutions use every core. Compilation costs 10-20 s, which long runs earn back.
+    Sets torch's thread count. Convolutions use every core. Dense nets act on one thread, and learn on two where the
+    update is compiled: otherwise the cost is dispatch, not arithmetic. Compilation costs 5-20 s, which long runs earn
+    back.
     """
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no usable CUDA device is here; use --device cpu")
-    threads = config.threads or (torch.get_num_threads() if image else 1)  # torch starts with one a core
-    torch.set_num_threads(threads)
-    precision = config.precision
-    if precision == "auto":
-        precision = _precision(device, say) if image else "fp32"
     compiled = config.compile == "on" or (
-        config.compile == "auto" and updates >= (5_000 if image else 200_000)
+        config.compile == "auto" and updates >= (5_000 if image else 20_000)
     )
     if compiled and not _can_compile(device):
         say("no C++ compiler found: the update runs uncompiled (slower, same results up to rounding)")
         compiled = False
-    return Compute(device, precision, threads, compiled)
+    cores = torch.get_num_threads()  # torch starts with one thread a core
+    threads = config.threads or (cores if image else min(cores, 2) if compiled else 1)
+    torch.set_num_threads(threads)
+    precision = config.precision
+    if precision == "auto":
+        precision = _precision(device, say) if image else "fp32"
+    _keep_memory()
+    return Compute(device, precision, threads, compiled, threads if image else 1)
 
 
 @torch.no_grad()
@@ -91,7 +111,8 @@ def copy_weights(source: nn.Module, target: nn.Module, part: float = 1.0) -> Non
 
 def guarded_compile(function: Callable[..., Any], say: Callable[[str], None]) -> Callable[..., Any]:
     """`torch.compile(function)`, falling back to the function itself if its first call fails to compile."""
-    state = {"run": torch.compile(function, dynamic=False), "proven": False}
+    options: Any = {"guard_filter_fn": _of_arguments}
+    state = {"run": torch.compile(function, dynamic=False, options=options), "proven": False}
 
     def call(*arguments: Any) -> Any:
         if state["proven"]:
@@ -110,6 +131,25 @@ def guarded_compile(function: Callable[..., Any], say: Callable[[str], None]) ->
         return result
 
     return call
+
+
+def _keep_memory() -> None:
+    """Let the C library keep the memory that is freed (up to a gigabyte) instead of giving it back to the system.
+
+    A batch of images needs blocks that are large enough to be mapped anew at each update otherwise, and touching
+    fresh pages costs as much as the convolutions.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return  # not glibc
+    for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+        mallopt(option, 1 << 30)
+
+
+def _of_arguments(guards: Sequence[Any]) -> list[bool]:
+    """Which guards to check at each call: those of tensors that are passed, not those of the nets and settings."""
+    return [g.guard_type == "TENSOR_MATCH" and "self" not in g.name for g in guards]
 
 
 def _can_compile(device: str) -> bool:

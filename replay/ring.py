@@ -83,6 +83,11 @@ class Ring:
         ]
         return sum(array.nbytes for array in [*arrays, self._count, self._lane])
 
+    @property
+    def sample_nbytes(self) -> int:
+        """Bytes of one sample's two observations."""
+        return 2 * self.stack * sum(frames[0].nbytes for frames in self._frames.values())
+
     def __len__(self) -> int:
         """Slots that are searched for samples: all with stack and successor, FINAL ones among them."""
         low, high = self._window()

@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What one gradient step reports: detached scalars by name, and new priorities if the replay wants them."""
+    """What gradient steps report: scalars of the last one by name, and new priorities if the replay wants them."""
 
     metrics: dict[str, Tensor]
     priority: Tensor | None  # (B,)

@@ -28,9 +28,18 @@ def test_small_dense_nets_get_one_thread_and_fp32() -> None:
     assert found == Compute("cpu", "fp32", 1, False)
 
 
+def test_a_compiled_update_of_a_dense_net_learns_on_two_threads_and_acts_on_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compute, "_can_compile", lambda device: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    found = chosen(ComputeConfig(device="cpu"), [], image=False)
+    assert (found.compile, found.threads, found.threads_acting) == (True, 2, 1)
+
+
 def test_flags_win() -> None:
     config = ComputeConfig(device="cpu", precision="fp32", threads=2, compile="off")
-    assert chosen(config, []) == Compute("cpu", "fp32", 2, False)
+    assert chosen(config, []) == Compute("cpu", "fp32", 2, False, threads_acting=2)
 
 
 def test_bf16_that_disagrees_falls_back_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

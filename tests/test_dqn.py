@@ -14,8 +14,9 @@ from gymnasium import spaces
 from agents.adam import Adam
 from agents.base import due, linear
 from agents.dqn import DQN, Config, epsilon, q_target, td_loss
+from agents.loop import PORTION, portions
 from backbones.compute import Compute
-from replay import Ring, Transition
+from replay import Batch, Ring, Transition
 from runs import UserError
 from tests.tools import CPU, PAYS, VECTOR, batch_of, built, digest, trained
 
@@ -101,6 +102,7 @@ def test_adam_is_torchs_adam_with_clipping_and_a_falling_step_size() -> None:
     peer = torch.optim.Adam(theirs, lr=1e-2, eps=1e-3)
     for step in range(20):
         gradients = [torch.randn(p.shape, generator=draw) for p in start]
+        adam.begin()
         norm = adam.step(gradients)
         for p, g in zip(theirs, gradients, strict=True):
             p.grad = g.clone()
@@ -109,6 +111,36 @@ def test_adam_is_torchs_adam_with_clipping_and_a_falling_step_size() -> None:
         peer.step()
         for a, b in zip(own, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("target_every", (1, 3, 100))
+@pytest.mark.parametrize("double", (False, True))
+def test_several_steps_at_once_are_the_same_steps(target_every: int, double: bool) -> None:
+    whole, single = (built(target_every=target_every, double=double, lr=1e-2) for _ in range(2))
+    batch = batch_of(7 * 8)
+    errors = [single.update(Batch(*(leaf[8 * k : 8 * k + 8] for leaf in batch))).priority for k in range(7)]
+    update = whole.update(batch, 7)
+    assert whole.updates == single.updates == 7 and update.priority is not None
+    torch.testing.assert_close(update.priority, torch.cat([e for e in errors if e is not None]))
+    for a, b in zip(whole.online.parameters(), single.online.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(whole.target.parameters(), single.target.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_samples_are_drawn_for_as_many_updates_as_fit() -> None:
+    ring = Ring(
+        100,
+        1,
+        spaces.Box(0, 255, (4, 84, 84), np.uint8),
+        spaces.Discrete(2),
+        stack=4,
+        rng=np.random.default_rng(0),
+    )
+    assert ring.sample_nbytes == 2 * 4 * 84 * 84
+    most = PORTION // (32 * ring.sample_nbytes)
+    assert list(portions(2 * most + 1, 32, ring)) == [most, most, 1]
+    assert list(portions(3, PORTION, ring)) == [1, 1, 1] and list(portions(0, 32, ring)) == []
 
 
 def test_each_reward_is_clipped_before_they_are_summed() -> None:

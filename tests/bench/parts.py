@@ -36,9 +36,9 @@ class Timed(DQN):
     seconds = 0.0
     _end = math.inf
 
-    def update(self, batch: Batch) -> Update:
-        done, now = super().update(batch), time.perf_counter()
-        if self.updates == WARM_UPDATES:
+    def update(self, batch: Batch, steps: int = 1) -> Update:
+        done, now = super().update(batch, steps), time.perf_counter()
+        if self.updates >= WARM_UPDATES > self.updates - steps:
             self._end = now + Timed.seconds
         elif now >= self._end:
             self._end = math.inf
