@@ -6,12 +6,18 @@
 R is the n-step return and discount = gamma^k (1 - terminated), both made by the replay; Q' is a copy of Q that
 follows it every `target_every` updates (or by a fraction `tau` of the way).
 
+Parts, each a flag of its own: double; `n_step`; dueling and noisy (agents/heads.py); prioritised replay
+(replay/priority.py, `alpha` > 0), whose weights are w; distributional, in which Q is the mean of a learned distribution
+Z and L = mean_B w * d(R + discount * Z'(s_k, a*), Z(s, a)), d the cross-entropy on fixed atoms (c51) or the quantile
+Huber loss (quantile).
+
 Source: Mnih et al. 2015, Nature 518, algorithm 1; double: van Hasselt et al. 2016, arXiv 1509.06461, eq. 4; n-step:
-Sutton and Barto 2018, eq. 7.1.
+Sutton and Barto 2018, eq. 7.1; all together: Hessel et al. 2018, arXiv 1710.02298.
 
 Deviations: (1) Adam instead of RMSProp; (2) double by default; (3) the gradient's norm is clipped, and with
 `loss=huber` the error as well; (4) `train_every` and `updates` count agent steps over all environments, so the
-number of samples learned per step does not depend on the number of environments.
+number of samples learned per step does not depend on the number of environments; (5) the target net draws noise once
+for all updates of a round.
 """
 
 from __future__ import annotations
@@ -30,11 +36,14 @@ from torch import Tensor, nn
 import backbones
 from agents.adam import Adam
 from agents.base import State, linear
-from agents.heads import QHead
+from agents.heads import DUELING, NOISY, QHead
 from backbones.base import Backbone
 from backbones.compute import Compute, copy_weights, guarded_compile
 from replay import Batch, Decision, Update
+from replay.priority import Priority
 from runs.config import Knob, UserError, check
+
+KINDS = ("off", "c51", "quantile")
 
 
 @dataclass(frozen=True)
@@ -61,10 +70,38 @@ class Config:
     epsilon_end: Annotated[float, Knob("share of random actions in the end", low=0, high=1)] = 0.05
     epsilon_steps: Annotated[int, Knob("steps from the first to the last epsilon", low=1)] = 50_000
     clip_reward: Annotated[bool, Knob("learn from the sign of each reward")] = False
+    dueling: Annotated[str, Knob("how value and advantage add up", choices=DUELING)] = "off"
+    noisy: Annotated[str, Knob("noise on the head's weights explores", choices=NOISY)] = "off"
+    noisy_sigma: Annotated[float, Knob("size of factorised noise at first", above=0)] = 0.5
+    distributional: Annotated[str, Knob("what is learned of the return", choices=KINDS)] = "off"
+    atoms: Annotated[int, Knob("of the distribution", low=2)] = 51
+    v_min: Annotated[float, Knob("lowest return of c51")] = -10.0
+    v_max: Annotated[float, Knob("highest return of c51")] = 10.0
+    alpha: Annotated[float, Knob("exponent of priorities; 0: uniform replay", low=0, high=1)] = 0.0
+    beta_start: Annotated[float, Knob("importance exponent at first", low=0, high=1)] = 0.4
+    beta_end: Annotated[float, Knob("importance exponent in the end", low=0, high=1)] = 1.0
+    beta_steps: Annotated[int, Knob("steps from the first to the last beta", low=1)] = 10_000_000
 
     def __post_init__(self) -> None:
-        """Raises: UserError for a value out of range."""
+        """Raises: UserError for a value out of range, or a knob whose part is off."""
         check(Config, vars(self))
+        if self.v_min >= self.v_max:
+            raise UserError(f"--v-min {self.v_min:g} must be less than --v-max {self.v_max:g}")
+        parts = {
+            "--distributional": (self.distributional != "off", ("atoms",)),
+            "--distributional c51": (self.distributional == "c51", ("v_min", "v_max")),
+            "--noisy factorised": (self.noisy == "factorised", ("noisy_sigma",)),
+            "--alpha": (self.alpha > 0, ("beta_start", "beta_end", "beta_steps")),
+        }
+        for part, (on, names) in parts.items():
+            for name in names:
+                if not on and getattr(self, name) != getattr(Config, name):
+                    raise UserError(f"--{name.replace('_', '-')} has no effect without {part}")
+
+    @property
+    def priority(self) -> Priority | None:
+        """What the replay prefers; None: nothing."""
+        return Priority(self.alpha, self.beta_start, self.beta_end, self.beta_steps) if self.alpha else None
 
 
 def q_target(reward: Tensor, discount: Tensor, next_q: Tensor, select_q: Tensor) -> Tensor:
@@ -87,6 +124,42 @@ def td_loss(q: Tensor, action: Tensor, target: Tensor, weight: Tensor, huber: bo
     return (weight * error).mean(), (target - chosen).detach()
 
 
+def c51_target(reward: Tensor, discount: Tensor, probability: Tensor, support: Tensor) -> Tensor:
+    """The distribution of R + discount * Z on the support: each atom's mass is shared by its two neighbours.
+
+    Shapes: reward, discount (B,); probability (B, K) on support (K,), evenly spaced -> (B, K).
+    Source: Bellemare et al. 2017, arXiv 1707.06887, eq. 7 and algorithm 1.
+    """
+    moved = (reward[:, None] + discount[:, None] * support).clamp(support[0], support[-1])  # (B, K)
+    distance = (moved[:, None, :] - support[None, :, None]).abs() / (support[1] - support[0])  # (B, K, K)
+    return ((1 - distance).clamp(min=0) * probability[:, None, :]).sum(2)  # (B, K)
+
+
+def quantile_loss(theta: Tensor, target: Tensor) -> Tensor:
+    """Each sample's quantile Huber loss (B,) with threshold 1, summed over theta and averaged over target.
+
+    Shapes: theta (B, K), estimates of the quantiles at (2 k + 1) / 2 K; target (B, K'), samples of the return.
+    Source: Dabney et al. 2018, arXiv 1710.10044, eq. 9-10 and algorithm 1.
+    """
+    count = theta.shape[1]
+    tau = (torch.arange(count, device=theta.device, dtype=theta.dtype) + 0.5) / count  # (K,)
+    error = target[:, None, :] - theta[:, :, None]  # (B, K, K')
+    huber = torch.where(error.abs() <= 1, 0.5 * error**2, error.abs() - 0.5)
+    return ((tau[:, None] - (error.detach() < 0).float()).abs() * huber).mean(2).sum(1)
+
+
+def expectation(out: Tensor, kind: str, support: Tensor) -> Tensor:
+    """Q(s, .) (B, A) of the head's output: itself, or the mean of a distribution (B, A, K)."""
+    if kind == "off":
+        return out
+    return (out.softmax(2) * support).sum(2) if kind == "c51" else out.mean(2)
+
+
+def pick(out: Tensor, action: Tensor) -> Tensor:
+    """The distributions (B, K) of one action (B,) each, from (B, A, K)."""
+    return out[torch.arange(len(out), device=out.device), action]
+
+
 def epsilon(config: Config, step: int) -> float:
     """1 before learning starts, then the line from epsilon_start to epsilon_end."""
     if step < config.learning_starts:
@@ -95,13 +168,13 @@ def epsilon(config: Config, step: int) -> float:
 
 
 class QNet(nn.Module):
-    """A backbone with a Q head: obs (B, *S) -> q (B, A)."""
+    """A backbone with a Q head: obs (B, *S) -> (B, A), or (B, A, K) with K > 1 atoms."""
 
-    def __init__(self, backbone: Backbone, actions: int) -> None:
+    def __init__(self, backbone: Backbone, actions: int, **head: Any) -> None:
         """Put a new head on the backbone."""
         super().__init__()
         self.backbone = backbone
-        self.head = QHead(backbone.features, actions)
+        self.head = QHead(backbone.features, actions, **head)
 
     def forward(self, obs: Any) -> Tensor:
         """Values of all actions."""
@@ -146,16 +219,25 @@ class DQN:
             )
         self.compute = compute
         self.actions, self._start = int(action_space.n), int(action_space.start)
-        weights, exploration = seed.spawn(2)
+        config = self.config
+        weights, exploration, noise = seed.spawn(3)
         self._rng = np.random.default_rng(exploration)
+        self._noise = np.random.default_rng(noise) if config.noisy != "off" else None
         with torch.random.fork_rng(devices=[]):  # torch's initialisers take no generator
             torch.manual_seed(int(weights.generate_state(1, np.uint64)[0] >> 1))
             backbone = backbones.build(
                 self.backbone or backbones.default(observation_space), observation_space, **self.net
             )
-            self.online = QNet(backbone, self.actions).to(compute.device)
+            self.online = QNet(
+                backbone,
+                self.actions,
+                atoms=1 if config.distributional == "off" else config.atoms,
+                dueling=config.dueling,
+                noisy=config.noisy,
+                sigma=config.noisy_sigma,
+            ).to(compute.device)
+        self._support = torch.linspace(config.v_min, config.v_max, config.atoms, device=compute.device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
-        config = self.config
         self.optimizer = Adam(
             (p for p in self.online.parameters() if p.requires_grad),  # a backbone may come frozen
             lr=config.lr,
@@ -184,13 +266,15 @@ class DQN:
         return self.online.backbone.initial(n)
 
     def act(self, obs: Any, first: np.ndarray, state: State, step: int) -> Decision:
-        """Epsilon-greedy; every environment draws for itself."""
+        """Epsilon-greedy; every environment draws for itself. Noisy layers draw new noise for each step."""
+        if self._noise is not None:
+            self._actor.head.draw(self._noise)
         explore = self._rng.random(len(first)) < epsilon(self.config, step)
         random = self._rng.integers(self.actions, size=len(first))
         if explore.all():
             return Decision(random + self._start, state)
-        decision = self.greedy(obs, first, state)
-        return Decision(np.where(explore, random + self._start, decision.action), decision.state)
+        action = self._values(obs).argmax(axis=1)
+        return Decision(np.where(explore, random, action) + self._start, state)
 
     def exploration(self, step: int) -> float:
         """See `Agent.exploration`."""
@@ -201,33 +285,53 @@ class DQN:
         return Decision(self.values(obs).argmax(axis=1) + self._start, state)
 
     def values(self, obs: Any) -> np.ndarray:
-        """Q(s, .) (N, A) of numpy observations (N, *S)."""
+        """Q(s, .) (N, A) of numpy observations (N, *S), without noise."""
+        self._actor.head.draw(None)
+        return self._values(obs)
+
+    def _values(self, obs: Any) -> np.ndarray:
         with self.compute.acting():
-            return self._actor(_to(obs, self.compute.device)).cpu().numpy()
+            out = self._actor(_to(obs, self.compute.device))
+            return expectation(out, self.config.distributional, self._support).cpu().numpy()
 
     def probabilities(self, obs: Any) -> np.ndarray:
         """See `Agent.probabilities`: 1 for the greedy action."""
         return np.eye(self.actions, dtype=np.float32)[self.values(obs).argmax(axis=1)]
 
-    def loss(self, batch: Batch, next_q: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The loss (), metrics, and the TD error (B,); `next_q` (B, A) where the target net's values are known."""
+    def loss(self, batch: Batch, later: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The loss (), metrics, and each sample's error (B,): TD error, cross-entropy or quantile loss.
+
+        `later` is the target net's output for the successors, where it is known.
+        """
+        config, action = self.config, batch.action - self._start
+        kind, support = config.distributional, self._support
         with self.compute.autocast():
             with torch.no_grad():
-                if next_q is None:
-                    next_q = self.target(batch.next_obs)
-                assert next_q is not None
-                select_q = self.online(batch.next_obs) if self.config.double else next_q
-                target = q_target(batch.reward, batch.discount, next_q, select_q)
-            q = self.online(batch.obs)
-        loss, error = td_loss(
-            q, batch.action - self._start, target, batch.weight, self.config.loss == "huber"
-        )
-        metrics = {"loss/td": loss.detach(), "q/mean": q.detach().mean(), "q/target": target.mean()}
-        return loss, metrics, error
+                if later is None:
+                    later = self.target(batch.next_obs)
+                assert later is not None
+                next_q = expectation(later, kind, support)  # (B, A)
+                select_q = next_q
+                if config.double:
+                    select_q = expectation(self.online(batch.next_obs), kind, support)
+                target = q_target(batch.reward, batch.discount, next_q, select_q)  # (B,)
+            out = self.online(batch.obs)
+        if kind == "off":
+            loss, error = td_loss(out, action, target, batch.weight, config.loss == "huber")
+        else:
+            after, now = pick(later, select_q.argmax(1)), pick(out, action)  # (B, K)
+            if kind == "c51":
+                goal = c51_target(batch.reward, batch.discount, after.softmax(1), support)
+                each = -(goal * now.log_softmax(1)).sum(1)
+            else:
+                each = quantile_loss(now, batch.reward[:, None] + batch.discount[:, None] * after)
+            loss, error = (batch.weight * each).mean(), each.detach()
+        q = expectation(out.detach(), kind, support)
+        return loss, {"loss/td": loss.detach(), "q/mean": q.mean(), "q/target": target.mean()}, error
 
-    def learn(self, batch: Batch, next_q: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
-        """Loss, gradient and one step of Adam, in one graph where it is compiled: metrics, and |TD error| (B,)."""
-        loss, metrics, error = self.loss(batch, next_q)
+    def learn(self, batch: Batch, later: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """Loss, gradient and one step of Adam, in one graph where it is compiled: metrics, and |error| (B,)."""
+        loss, metrics, error = self.loss(batch, later)
         norm = self.optimizer.step(torch.autograd.grad(loss, self.optimizer.parameters))
         copy_weights(self.online, self._actor)
         return metrics | {"train/grad_norm": norm}, error.abs()
@@ -246,9 +350,11 @@ class DQN:
         while done < steps:
             now = min(steps - done, self.config.target_every - self.updates % self.config.target_every)
             known = self._frozen(batch.next_obs, size, slice(done * size, (done + now) * size))
-            for part, next_q in zip(parts[done : done + now], known, strict=True):
+            for part, later in zip(parts[done : done + now], known, strict=True):
                 self.optimizer.begin()
-                metrics, error = self._learn(part, next_q)
+                if self._noise is not None:
+                    self.online.head.draw(self._noise)
+                metrics, error = self._learn(part, later)
                 errors.append(error)
             self.updates, done = self.updates + now, done + now
             if self.updates % self.config.target_every == 0:
@@ -256,7 +362,9 @@ class DQN:
         return Update(metrics, errors[0] if steps == 1 else torch.cat(errors))
 
     def _frozen(self, next_obs: Any, size: int, rows: slice) -> Sequence[Tensor | None]:
-        """The target net's values (B, A) for each part in `rows`; a single part's belong in its own graph."""
+        """The target net's output for each part in `rows`; that for a single part belongs in its graph."""
+        if self._noise is not None:
+            self.target.head.draw(self._noise)
         if rows.stop - rows.start == size:
             return [None]
         chosen = {k: v[rows] for k, v in next_obs.items()} if isinstance(next_obs, dict) else next_obs[rows]
@@ -269,7 +377,10 @@ class DQN:
             "weights": dict(self.online.state_dict()),
             "target": dict(self.target.state_dict()),
             "optimizer": self.optimizer.state_dict(),
-            "counters": {"updates": self.updates, "exploration": self._rng.bit_generator.state},
+            "counters": {
+                "updates": self.updates,
+                **{k: v.bit_generator.state for k, v in self._streams().items()},
+            },
         }
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
@@ -283,7 +394,12 @@ class DQN:
         self.target.load_state_dict(state["target"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates = state["counters"]["updates"]
-        self._rng.bit_generator.state = state["counters"]["exploration"]
+        for name, stream in self._streams().items():
+            stream.bit_generator.state = state["counters"][name]
+
+    def _streams(self) -> dict[str, np.random.Generator]:
+        noise = {} if self._noise is None else {"noise": self._noise}
+        return {"exploration": self._rng, **noise}
 
 
 def _to(part: Any, device: str) -> Any:

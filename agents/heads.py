@@ -2,25 +2,124 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+DUELING = ("off", "mean", "max", "naive")
+NOISY = ("off", "factorised", "independent")
+
+
+def duel(value: Tensor, advantage: Tensor, how: str) -> Tensor:
+    """Q = V + A - mean A, V + A - max A, or (naive) V + A, in which V and A are not identifiable.
+
+    Shapes: value (B, 1, ...), advantage (B, A, ...) -> (B, A, ...).
+    Source: Wang et al. 2016, arXiv 1511.06581, eq. 9, 8 and 7.
+    """
+    if how == "naive":
+        return value + advantage
+    base = advantage.mean(1, keepdim=True) if how == "mean" else advantage.amax(1, keepdim=True)
+    return value + advantage - base
+
+
+class Noisy(nn.Module):
+    """A linear layer with noise of learned size on each weight: y = (W + S * e_w) x + b + s * e_b.
+
+    `factorised`: e_w = f(e_out) f(e_in)^T, e_b = f(e_out), f(x) = sign(x) sqrt|x|; `independent`: each its own.
+    The noise is drawn by `draw`, lies in buffers, and is zero at first: the layer is then a linear one.
+    Shapes: (B, I) -> (B, O).
+    Source: Fortunato et al. 2018, arXiv 1706.10295, eq. 9-11 and section 3.2.
+    """
+
+    noise_in: Tensor  # (I,) factorised, else (O, I)
+    noise_out: Tensor  # (O,)
+
+    def __init__(self, inputs: int, outputs: int, kind: str, sigma: float) -> None:
+        """Start as the paper does; `sigma` is its sigma_0, for the factorised kind."""
+        super().__init__()
+        bound = 1 / math.sqrt(inputs) if kind == "factorised" else math.sqrt(3 / inputs)
+        spread = sigma / math.sqrt(inputs) if kind == "factorised" else 0.017
+        self.kind = kind
+        self.weight = nn.Parameter(torch.empty(outputs, inputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
+        self.weight_sigma = nn.Parameter(torch.full((outputs, inputs), spread))
+        self.bias_sigma = nn.Parameter(torch.full((outputs,), spread))
+        shape = (inputs,) if kind == "factorised" else (outputs, inputs)
+        self.register_buffer("noise_in", torch.zeros(shape), persistent=False)
+        self.register_buffer("noise_out", torch.zeros(outputs), persistent=False)
+
+    def draw(self, rng: np.random.Generator | None) -> None:
+        """New noise; without a generator none."""
+        for noise in (self.noise_in, self.noise_out):
+            if rng is None:
+                noise.zero_()
+                continue
+            drawn = torch.from_numpy(rng.standard_normal(tuple(noise.shape), np.float32))
+            noise.copy_(drawn.sign() * drawn.abs().sqrt() if self.kind == "factorised" else drawn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer under the noise as last drawn."""
+        if self.kind == "independent":
+            return F.linear(
+                x,
+                self.weight + self.weight_sigma * self.noise_in,
+                self.bias + self.bias_sigma * self.noise_out,
+            )
+        noise = F.linear(x * self.noise_in, self.weight_sigma, self.bias_sigma) * self.noise_out
+        return F.linear(x, self.weight, self.bias) + noise
 
 
 class QHead(nn.Module):
-    """Action values, one linear layer.
+    """Action values, or their distributions; linear layers on the backbone's features.
 
     Computed in fp32 also under autocast: bf16 has three digits, less than the differences between actions need.
-    Shapes: features (B, F) -> q (B, A).
+    Shapes: features (B, F) -> (B, A), or (B, A, K) with K > 1 atoms.
+    Deviation from Wang et al. 2016: value and advantage share the backbone's dense layer.
     """
 
-    def __init__(self, features: int, actions: int) -> None:
-        """One linear layer."""
+    def __init__(
+        self,
+        features: int,
+        actions: int,
+        *,
+        atoms: int = 1,
+        dueling: str = "off",
+        noisy: str = "off",
+        sigma: float = 0.5,
+    ) -> None:
+        """One linear layer, or two if it is dueling."""
         super().__init__()
-        self.q = nn.Linear(features, actions)
+
+        def layer(outputs: int) -> nn.Module:
+            if noisy == "off":
+                return nn.Linear(features, outputs)
+            return Noisy(features, outputs, noisy, sigma)
+
+        self.actions, self.atoms, self.dueling = actions, atoms, dueling
+        self.q = layer(actions * atoms)  # advantages where there is a value
+        self.value = None if dueling == "off" else layer(atoms)
 
     def forward(self, features: Tensor) -> Tensor:
         """Values of all actions."""
         if not torch.is_autocast_enabled(features.device.type):
-            return self.q(features.float())
+            return self._values(features.float())
         with torch.autocast(features.device.type, enabled=False):
-            return self.q(features.float())
+            return self._values(features.float())
+
+    def draw(self, rng: np.random.Generator | None) -> None:
+        """New noise for noisy layers; without a generator none."""
+        for layer in (self.q, self.value):
+            if isinstance(layer, Noisy):
+                layer.draw(rng)
+
+    def _values(self, features: Tensor) -> Tensor:
+        q = self.q(features)
+        if self.atoms > 1:
+            q = q.unflatten(1, (self.actions, self.atoms))  # (B, A, K)
+        if self.value is None:
+            return q
+        value = self.value(features)  # (B, K)
+        return duel(value.unsqueeze(1) if self.atoms > 1 else value, q, self.dueling)

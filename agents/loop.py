@@ -34,7 +34,9 @@ def off_policy(agent: Agent, collector: Collector, replay: Ring, watch: Watch, s
         updates = due(config.train_every, before, step) * config.updates
         if updates and before >= config.learning_starts and len(replay):  # n-step samples need n steps more
             for count in portions(updates, config.batch, replay):
-                update = agent.update(replay.sample(count * config.batch), count)
+                batch = replay.sample(count * config.batch)
+                update = agent.update(batch, count)
+                replay.update_priority(batch.index, update.priority)
         replay.add(collector.recv())
         watch.after(before, step, collector.episodes, update)
     return step

@@ -313,6 +313,7 @@ def _ring(agent: Any, config: RunConfig, env: Any, rng: np.random.Generator) -> 
             n_step=agent.n_step,
             gamma=agent.gamma,
             clip_reward=agent.clip_reward,
+            priority=agent.priority,
             rng=rng,
         )
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""A uniform replay ring that stores every frame once.
+"""A replay ring that stores every frame once, sampled uniformly or by priority.
 
 Each environment owns a lane of slots. A slot holds the newest frame of one observation, the action taken there, its
 reward and two flags; stacks of frames, successors and n-step returns are rebuilt when a batch is drawn:
@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
+from torch import Tensor
 
+from replay.priority import Priority, SumTree, weights
 from replay.types import Batch, Transition
 
 TERMINATED, TRUNCATED, FINAL = 1, 2, 4  # bits of a slot's flag
@@ -42,6 +44,7 @@ class Ring:
         n_step: int = 1,
         gamma: float = 0.99,
         clip_reward: bool = False,
+        priority: Priority | None = None,
         rng: np.random.Generator,
     ) -> None:
         """Reserve memory; pages are taken from the system only as the ring fills."""
@@ -69,6 +72,9 @@ class Ring:
         self._count = np.zeros(num_envs, np.int64)  # slots ever written, by lane
         self._last = {name: np.zeros_like(frames[:num_envs]) for name, frames in self._frames.items()}
         self._lane = np.arange(num_envs)
+        self.priority = priority
+        self._tree = SumTree(total) if priority else None
+        self._highest = np.ones(1)  # priority of what was never sampled: the highest so far
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +87,8 @@ class Ring:
             self._flag,
             self._age,
         ]
-        return sum(array.nbytes for array in [*arrays, self._count, self._lane])
+        tree = self._tree.nbytes if self._tree else 0
+        return tree + sum(array.nbytes for array in [*arrays, self._count, self._lane, self._highest])
 
     @property
     def sample_nbytes(self) -> int:
@@ -115,11 +122,11 @@ class Ring:
                 last[ended] = next_obs[name][ended]
 
     def sample(self, batch: int) -> Batch:
-        """Draw `batch` transitions uniformly, with replacement.
+        """Draw `batch` transitions with replacement, uniformly or by priority.
 
         Raises: ValueError if nothing can be sampled yet.
         """
-        lane, position = self._draw(batch)
+        lane, position, weight = self._draw(batch) if self._tree is None else self._draw_preferred(batch)
         base = lane * self.slots
         reward, discount, taken = self._returns(base, position)
         index = base + position % self.slots
@@ -130,14 +137,24 @@ class Ring:
             reward=torch.from_numpy(reward),
             next_obs=next_obs,
             discount=torch.from_numpy(discount),
-            weight=torch.ones(batch),
+            weight=weight,
             index=torch.from_numpy(index),
         )
+
+    def update_priority(self, index: Tensor, error: Tensor | None) -> None:
+        """Set the priorities of samples by their |errors| (B,) since they were drawn; nothing in a uniform replay."""
+        if self._tree is None or self.priority is None or error is None:
+            return
+        value = self.priority.of(error.cpu().numpy())
+        self._highest[0] = max(self._highest[0], value.max())
+        self._tree.set(index.numpy(), value)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Every array that decides what will be sampled (the generator is saved by its owner)."""
         arrays = {"action": self._action, "reward": self._reward, "flag": self._flag, "age": self._age}
         arrays |= {f"frames.{name}": frames for name, frames in self._frames.items()}
+        if self._tree is not None:
+            arrays |= {"priority": self._tree.leaves, "highest": self._highest}
         return arrays | {f"last.{name}": last for name, last in self._last.items()} | {"count": self._count}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
@@ -147,6 +164,8 @@ class Ring:
             raise ValueError("this replay was saved with other spaces, capacity or number of environments")
         for name, array in own.items():
             array[...] = state[name]
+        if self._tree is not None:
+            self._tree.refill(state["priority"])
 
     # -- writing -------------------------------------------------------------------------------------------------
 
@@ -162,7 +181,18 @@ class Ring:
             before = self._age[base + (count - 1) % self.slots]
             self._age[slot] = np.where(grown, np.minimum(before + 1, self.stack), 0)
         self._count[lane] += 1
+        if self._tree is not None:
+            self._prefer(self._tree, base, count + 1)
         return slot
+
+    def _prefer(self, tree: SumTree, base: np.ndarray, count: np.ndarray) -> None:
+        """Slots that leave the window of starts lose their priority; those that enter it get the highest."""
+        leaving, entering = count - self.slots + self.stack - 2, count - self.n_step - 1
+        turned = base[count == self.slots + 1]  # until its first turn a lane begins at its first slot
+        tree.set((turned[:, None] + np.arange(self.stack)).ravel(), 0.0)
+        tree.set((base + leaving % self.slots)[count > self.slots], 0.0)
+        slot = (base + entering % self.slots)[entering >= 0]
+        tree.set(slot, np.where(self._flag[slot] == FINAL, 0.0, self._highest[0]))
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -172,8 +202,21 @@ class Ring:
         low = np.where(oldest > 0, oldest + self.stack - 1, 0)
         return low, np.maximum(self._count - self.n_step, low)
 
-    def _draw(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Lanes and positions (B,), uniform over all starts; a FINAL slot is drawn again."""
+    def _draw_preferred(self, batch: int) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        """Lanes, positions and importance weights (B,), by priority."""
+        assert self._tree is not None and self.priority is not None
+        total = self._tree.total
+        if total == 0:
+            raise ValueError("the replay has nothing to sample yet")
+        slot = self._tree.find(self.rng.random(batch) * total)
+        lane, offset = slot // self.slots, slot % self.slots
+        count = self._count[lane]
+        position = count - 1 - (count - 1 - offset) % self.slots  # the newest position in this slot
+        beta = self.priority.beta(int(self._count.sum()))
+        return lane, position, torch.from_numpy(weights(self._tree.leaves[slot], beta))
+
+    def _draw(self, batch: int) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        """Lanes, positions and weights (B,), uniform over all starts; a FINAL slot is drawn again."""
         low, high = self._window()
         ends = np.cumsum(high - low)
         if ends[-1] == 0:
@@ -188,7 +231,7 @@ class Ring:
             position = chosen - (ends - high)[lane]  # ends - high = (starts before this lane) - low
             final = self._flag[lane * self.slots + position % self.slots] == FINAL
             if not final.any():
-                return lane, position
+                return lane, position, torch.ones(batch)
             chosen[final] = self.rng.integers(ends[-1], size=int(final.sum()))
 
     def _returns(self, base: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

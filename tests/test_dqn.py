@@ -205,14 +205,21 @@ OTHER = dict(
     lr=1e-3, gamma=0.5, batch=16, train_every=2, updates=2, learning_starts=80, capacity=100, n_step=3, double=False,
     target_every=7, tau=0.5, loss="squared", max_grad_norm=0.01, adam_eps=0.1, epsilon_start=0.5, epsilon_end=0.5,
     epsilon_steps=100, clip_reward=True, lr_end=1e-5, lr_steps=400,
+    dueling="mean", noisy="independent", noisy_sigma=2.0, distributional="quantile", atoms=11, v_min=-3.0, v_max=30.0,
+    alpha=0.5, beta_start=0.9, beta_end=0.1, beta_steps=100,
 )  # fmt: skip
+# the part that a knob belongs to
+PARTS = {"noisy_sigma": {"noisy": "factorised"}} | {
+    **{key: {"distributional": "c51"} for key in ("atoms", "v_min", "v_max")},
+    **{key: {"alpha": 0.6} for key in ("beta_start", "beta_end", "beta_steps")},
+}
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Config)])
 def test_every_knob_is_live(name: str) -> None:
     base = dict(
         learning_starts=64, train_every=1, batch=32, lr=1e-2, target_every=40, capacity=2_000, epsilon_steps=200,
-        max_grad_norm=1.0, lr_end=1e-3,
+        max_grad_norm=1.0, lr_end=1e-3, **PARTS.get(name, {}),
     )  # fmt: skip
     assert OTHER[name] != getattr(replace(Config(), **base), name)
 

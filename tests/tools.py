@@ -78,18 +78,20 @@ def trained(
 ) -> tuple[DQN, Quiet]:
     """Train a DQN on an environment through the real loop."""
     register()
-    between, config = knobs.pop("between", None), knobs.pop("env_config", envs.EnvConfig())
-    env = envs.make(env_id, num_envs, seed, config)
+    between, of_env = knobs.pop("between", None), knobs.pop("env_config", envs.EnvConfig())
+    env = envs.make(env_id, num_envs, seed, of_env)
     agent = built(seed, env.single_observation_space, int(env.single_action_space.n), **knobs)  # type: ignore[attr-defined]
+    config = agent.config
     replay = Ring(
-        agent.config.capacity,
+        config.capacity,
         num_envs,
         env.single_observation_space,
         env.single_action_space,
         stack=envs.frame_stack(env),
-        n_step=agent.config.n_step,
-        gamma=agent.config.gamma,
-        clip_reward=agent.config.clip_reward,
+        n_step=config.n_step,
+        gamma=config.gamma,
+        clip_reward=config.clip_reward,
+        priority=config.priority,
         rng=np.random.default_rng(seed),
     )
     watch, collector = Quiet(between), Collector(env, seed, overlap=overlap)
