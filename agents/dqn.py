@@ -344,7 +344,9 @@ class DQN:
         batch = Batch(*(_to(leaf, self.compute.device) for leaf in batch))
         size, done = len(batch.reward) // steps, 0
         self.compute.learning()
-        parts = [Batch(*part) for part in zip(*(_split(leaf, size) for leaf in batch), strict=True)]
+        parts = [batch]
+        if steps > 1:
+            parts = [Batch(*part) for part in zip(*(_split(leaf, size) for leaf in batch), strict=True)]
         metrics: dict[str, Tensor] = {}
         errors: list[Tensor] = []
         while done < steps:

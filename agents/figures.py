@@ -14,7 +14,7 @@ import envs
 from runs import Run
 from runs.config import Parser
 
-RUN = "runs/reference/PongNoFrameskip-v4/dqn"
+RUN = "runs/reference/ALE-Pong-v5/dqn"
 SHOWN = 5  # frames side by side
 STEPS = 600  # of the episode
 OPENING = 60  # steps that are not shown
