@@ -16,8 +16,9 @@ Sutton and Barto 2018, eq. 7.1; all together: Hessel et al. 2018, arXiv 1710.022
 
 Deviations: (1) Adam instead of RMSProp; (2) double by default; (3) the gradient's norm is clipped, and with
 `loss=huber` the error as well; (4) `train_every` and `updates` count agent steps over all environments, so the
-number of samples learned per step does not depend on the number of environments; (5) the target net draws noise once
-for all updates of a round.
+number of samples learned per step does not depend on the number of environments; (5) noise is drawn once for each
+update, for Q(s, a) and the choice of a* alike, and once for all updates that share a pass of the target net; (6) value
+and advantage share the backbone's dense layer, and only the layers of the head are noisy.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class Config:
             "--distributional": (self.distributional != "off", ("atoms",)),
             "--distributional c51": (self.distributional == "c51", ("v_min", "v_max")),
             "--noisy factorised": (self.noisy == "factorised", ("noisy_sigma",)),
+            "--distributional off": (self.distributional == "off", ("loss",)),
             "--alpha": (self.alpha > 0, ("beta_start", "beta_end", "beta_steps")),
         }
         for part, (on, names) in parts.items():
@@ -246,7 +248,10 @@ class DQN:
             eps=config.adam_eps,
             max_norm=config.max_grad_norm,
         )
-        self._learn = guarded_compile(self.learn, say) if compute.compile else self.learn
+        # one graph that runs the target net, and one that is given its output
+        self._learn, self._learn_given = (
+            guarded_compile(self.learn, say) if compute.compile else self.learn for _ in range(2)
+        )
         self._actor = self.online
         if (
             compute.precision == "bf16"
@@ -356,7 +361,7 @@ class DQN:
                 self.optimizer.begin()
                 if self._noise is not None:
                     self.online.head.draw(self._noise)
-                metrics, error = self._learn(part, later)
+                metrics, error = self._learn(part) if later is None else self._learn_given(part, later)
                 errors.append(error)
             self.updates, done = self.updates + now, done + now
             if self.updates % self.config.target_every == 0:

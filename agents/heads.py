@@ -34,8 +34,8 @@ class Noisy(nn.Module):
     Source: Fortunato et al. 2018, arXiv 1706.10295, eq. 9-11 and section 3.2.
     """
 
-    noise_in: Tensor  # (I,) factorised, else (O, I)
-    noise_out: Tensor  # (O,)
+    noise_weight: Tensor  # e_w (O, I)
+    noise_bias: Tensor  # e_b (O,)
 
     def __init__(self, inputs: int, outputs: int, kind: str, sigma: float) -> None:
         """Start as the paper does; `sigma` is its sigma_0, for the factorised kind."""
@@ -47,29 +47,28 @@ class Noisy(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
         self.weight_sigma = nn.Parameter(torch.full((outputs, inputs), spread))
         self.bias_sigma = nn.Parameter(torch.full((outputs,), spread))
-        shape = (inputs,) if kind == "factorised" else (outputs, inputs)
-        self.register_buffer("noise_in", torch.zeros(shape), persistent=False)
-        self.register_buffer("noise_out", torch.zeros(outputs), persistent=False)
+        self.register_buffer("noise_weight", torch.zeros(outputs, inputs), persistent=False)
+        self.register_buffer("noise_bias", torch.zeros(outputs), persistent=False)
 
     def draw(self, rng: np.random.Generator | None) -> None:
         """New noise; without a generator none."""
-        for noise in (self.noise_in, self.noise_out):
-            if rng is None:
-                noise.zero_()
-                continue
-            drawn = torch.from_numpy(rng.standard_normal(tuple(noise.shape), np.float32))
-            noise.copy_(drawn.sign() * drawn.abs().sqrt() if self.kind == "factorised" else drawn)
+        outputs, inputs = self.noise_weight.shape
+        if rng is None:
+            self.noise_weight.zero_()
+            self.noise_bias.zero_()
+        elif self.kind == "independent":
+            self.noise_weight.copy_(torch.from_numpy(rng.standard_normal((outputs, inputs), np.float32)))
+            self.noise_bias.copy_(torch.from_numpy(rng.standard_normal(outputs, np.float32)))
+        else:
+            drawn = torch.from_numpy(rng.standard_normal(outputs + inputs, np.float32))
+            f = drawn.sign() * drawn.abs().sqrt()
+            self.noise_weight.copy_(torch.outer(f[:outputs], f[outputs:]))
+            self.noise_bias.copy_(f[:outputs])
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer under the noise as last drawn."""
-        if self.kind == "independent":
-            return F.linear(
-                x,
-                self.weight + self.weight_sigma * self.noise_in,
-                self.bias + self.bias_sigma * self.noise_out,
-            )
-        noise = F.linear(x * self.noise_in, self.weight_sigma, self.bias_sigma) * self.noise_out
-        return F.linear(x, self.weight, self.bias) + noise
+        weight = self.weight + self.weight_sigma * self.noise_weight  # one product with the sum, not two
+        return F.linear(x, weight, self.bias + self.bias_sigma * self.noise_bias)
 
 
 class QHead(nn.Module):
@@ -77,7 +76,6 @@ class QHead(nn.Module):
 
     Computed in fp32 also under autocast: bf16 has three digits, less than the differences between actions need.
     Shapes: features (B, F) -> (B, A), or (B, A, K) with K > 1 atoms.
-    Deviation from Wang et al. 2016: value and advantage share the backbone's dense layer.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """The loop, with every arrow of the data flow; nothing here knows which agent, replay or environment it drives.
 
 envs --Transition--> replay --Batch--> agent.update --metrics--> watch --> runs/<run>/
-  ^                                        |
+  ^                      ^                 |
+  |                      +--- priority ----+
   +-------- weights (agent.act) -----------+
 """
 
@@ -34,7 +35,7 @@ def off_policy(agent: Agent, collector: Collector, replay: Ring, watch: Watch, s
         updates = due(config.train_every, before, step) * config.updates
         if updates and before >= config.learning_starts and len(replay):  # n-step samples need n steps more
             for count in portions(updates, config.batch, replay):
-                batch = replay.sample(count * config.batch)
+                batch = replay.sample(config.batch, count)
                 update = agent.update(batch, count)
                 replay.update_priority(batch.index, update.priority)
         replay.add(collector.recv())

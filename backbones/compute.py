@@ -20,6 +20,7 @@ from torch import nn
 
 from runs.config import Knob, UserError
 
+CORES = torch.get_num_threads()  # what torch starts with
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
@@ -90,8 +91,7 @@ def choose(config: ComputeConfig, *, image: bool, updates: int, say: Callable[[s
     if compiled and not _can_compile(device):
         say("no C++ compiler found: the update runs uncompiled (slower, same results up to rounding)")
         compiled = False
-    cores = torch.get_num_threads()  # torch starts with one thread a core
-    threads = config.threads or (cores if image else min(cores, 2) if compiled else 1)
+    threads = config.threads or (CORES if image else min(CORES, 2) if compiled else 1)
     torch.set_num_threads(threads)
     precision = config.precision
     if precision == "auto":
@@ -110,17 +110,24 @@ def copy_weights(source: nn.Module, target: nn.Module, part: float = 1.0) -> Non
 
 
 def guarded_compile(function: Callable[..., Any], say: Callable[[str], None]) -> Callable[..., Any]:
-    """`torch.compile(function)`, falling back to the function itself if its first call fails to compile."""
-    options: Any = {"guard_filter_fn": _of_arguments}
-    state = {"run": torch.compile(function, dynamic=False, options=options), "proven": False}
+    """`torch.compile(function)`, falling back to the function itself if its first call fails to compile.
+
+    The shapes and types of tensors are checked at each call, nothing else: whatever the function reads besides, and
+    which arguments are None, must stay as it was at the first call.
+    """
+    # isolated, since without its other guards the graph of one agent would do for any other
+    how: Any = {"dynamic": False, "options": {"guard_filter_fn": _of_arguments}, "isolate_recompiles": True}
+    compiled = torch.compile(function, **how)
+    torch._dynamo.config.trace_autograd_ops = (
+        True  # lets a graph hold torch.autograd.grad, hence the whole update
+    )
+    state = {"run": compiled, "proven": False}
 
     def call(*arguments: Any) -> Any:
         if state["proven"]:
             return state["run"](*arguments)
         try:
-            # lets a graph hold torch.autograd.grad, and with it the whole update
-            with torch._dynamo.config.patch(trace_autograd_ops=True):
-                result = state["run"](*arguments)
+            result = state["run"](*arguments)
         except (
             Exception
         ) as error:  # inductor fails in many ways; an error of ours comes again from the plain call
@@ -143,8 +150,9 @@ def _keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return  # not glibc
-    for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-        mallopt(option, 1 << 30)
+    # without the first option the second would have every larger block mapped; older versions allow 32 MiB
+    if mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20):
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _of_arguments(guards: Sequence[Any]) -> list[bool]:

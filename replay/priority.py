@@ -92,11 +92,11 @@ class Priority:
 
 
 def weights(priority: np.ndarray, beta: float) -> np.ndarray:
-    """w = (N P)^-beta / max w over the draw (B,), where N and the sum in P cancel.
+    """w = (N P)^-beta / max w over each batch (..., B), where N and the sum in P cancel.
 
     Source: Schaul et al. 2016, algorithm 1, line 10.
     """
-    return ((priority.min() / priority) ** beta).astype(np.float32)
+    return ((priority.min(-1, keepdims=True) / priority) ** beta).astype(np.float32)
 
 
 def _padded(size: int) -> int:

@@ -74,6 +74,7 @@ class Ring:
         self._lane = np.arange(num_envs)
         self.priority = priority
         self._tree = SumTree(total) if priority else None
+        self._steps = np.zeros(1, np.int64)  # ever added, over all environments
         self._highest = np.ones(1)  # priority of what was never sampled: the highest so far
 
     @property
@@ -88,7 +89,9 @@ class Ring:
             self._age,
         ]
         tree = self._tree.nbytes if self._tree else 0
-        return tree + sum(array.nbytes for array in [*arrays, self._count, self._lane, self._highest])
+        return tree + sum(
+            array.nbytes for array in [*arrays, self._count, self._lane, self._steps, self._highest]
+        )
 
     @property
     def sample_nbytes(self) -> int:
@@ -102,6 +105,7 @@ class Ring:
 
     def add(self, step: Transition) -> None:
         """Append one step of every environment."""
+        self._steps += self.num_envs
         obs, next_obs = self._newest(step.obs), self._newest(step.next_obs)
         fresh = step.first & (self._count > 0)
         if fresh.any():  # the episode before ended for good: its last frame gets a slot of its own
@@ -121,12 +125,13 @@ class Ring:
             for name, last in self._last.items():
                 last[ended] = next_obs[name][ended]
 
-    def sample(self, batch: int) -> Batch:
-        """Draw `batch` transitions with replacement, uniformly or by priority.
+    def sample(self, batch: int, parts: int = 1) -> Batch:
+        """Draw `parts` batches in one, each of `batch` transitions with replacement, uniformly or by priority.
 
         Raises: ValueError if nothing can be sampled yet.
         """
-        lane, position, weight = self._draw(batch) if self._tree is None else self._draw_preferred(batch)
+        draw = self._draw if self._tree is None else self._draw_preferred
+        lane, position, weight = draw(batch, parts)
         base = lane * self.slots
         reward, discount, taken = self._returns(base, position)
         index = base + position % self.slots
@@ -146,6 +151,8 @@ class Ring:
         if self._tree is None or self.priority is None or error is None:
             return
         value = self.priority.of(error.cpu().numpy())
+        if not np.isfinite(value).all():
+            raise ValueError("an error that becomes a priority is not finite")
         self._highest[0] = max(self._highest[0], value.max())
         self._tree.set(index.numpy(), value)
 
@@ -154,7 +161,7 @@ class Ring:
         arrays = {"action": self._action, "reward": self._reward, "flag": self._flag, "age": self._age}
         arrays |= {f"frames.{name}": frames for name, frames in self._frames.items()}
         if self._tree is not None:
-            arrays |= {"priority": self._tree.leaves, "highest": self._highest}
+            arrays |= {"priority": self._tree.leaves, "highest": self._highest, "steps": self._steps}
         return arrays | {f"last.{name}": last for name, last in self._last.items()} | {"count": self._count}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
@@ -202,21 +209,26 @@ class Ring:
         low = np.where(oldest > 0, oldest + self.stack - 1, 0)
         return low, np.maximum(self._count - self.n_step, low)
 
-    def _draw_preferred(self, batch: int) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    def _draw_preferred(self, size: int, parts: int) -> tuple[np.ndarray, np.ndarray, Tensor]:
         """Lanes, positions and importance weights (B,), by priority."""
         assert self._tree is not None and self.priority is not None
         total = self._tree.total
         if total == 0:
             raise ValueError("the replay has nothing to sample yet")
-        slot = self._tree.find(self.rng.random(batch) * total)
+        slot = self._tree.find(self.rng.random(size * parts) * total)
         lane, offset = slot // self.slots, slot % self.slots
         count = self._count[lane]
         position = count - 1 - (count - 1 - offset) % self.slots  # the newest position in this slot
-        beta = self.priority.beta(int(self._count.sum()))
-        return lane, position, torch.from_numpy(weights(self._tree.leaves[slot], beta))
+        preferred = self._tree.leaves[slot].reshape(parts, size)
+        return (
+            lane,
+            position,
+            torch.from_numpy(weights(preferred, self.priority.beta(int(self._steps[0]))).ravel()),
+        )
 
-    def _draw(self, batch: int) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    def _draw(self, size: int, parts: int) -> tuple[np.ndarray, np.ndarray, Tensor]:
         """Lanes, positions and weights (B,), uniform over all starts; a FINAL slot is drawn again."""
+        batch = size * parts
         low, high = self._window()
         ends = np.cumsum(high - low)
         if ends[-1] == 0:

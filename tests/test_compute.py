@@ -12,7 +12,7 @@ from agents.dqn import DQN
 from backbones import compute
 from backbones.compute import Compute, ComputeConfig, choose, copy_weights, guarded_compile
 from runs import UserError
-from tests.tools import batch_of, trained
+from tests.tools import batch_of, built, trained
 
 
 def chosen(config: ComputeConfig, said: list[str], *, image: bool = True, updates: int = 10**6) -> Compute:
@@ -32,7 +32,7 @@ def test_a_compiled_update_of_a_dense_net_learns_on_two_threads_and_acts_on_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(compute, "_can_compile", lambda device: True)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(compute, "CORES", 8)
     found = chosen(ComputeConfig(device="cpu"), [], image=False)
     assert (found.compile, found.threads, found.threads_acting) == (True, 2, 1)
 
@@ -114,6 +114,24 @@ def test_copy_weights_is_exact_or_goes_part_of_the_way() -> None:
     torch.testing.assert_close(target.weight, start + 0.25 * (source.weight - start))
     copy_weights(source, target)
     assert torch.equal(source.weight, target.weight)
+
+
+@pytest.mark.skipif(not compute._can_compile("cpu"), reason="needs a C++ compiler")
+def test_compiled_updates_are_the_eager_ones() -> None:
+    """Two agents of one shape that differ in their settings: neither may run on the other's graph."""
+    kinds = (dict(loss="huber", target_every=3), dict(loss="squared", double=False, noisy="factorised"))
+    pairs = [
+        [built(lr=1e-2, gamma=0.5, compute=Compute("cpu", "fp32", 1, on), **kind) for on in (False, True)]
+        for kind in kinds
+    ]
+    for number, steps in enumerate((1, 3, 1, 5)):
+        for pair in pairs:
+            eager, compiled = (agent.update(batch_of(16 * steps, seed=number), steps) for agent in pair)
+            assert eager.priority is not None and compiled.priority is not None
+            torch.testing.assert_close(eager.priority, compiled.priority, rtol=1e-3, atol=1e-4)
+    for eager, compiled in pairs:
+        for a, b in zip(eager.online.parameters(), compiled.online.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.gpu

@@ -249,11 +249,12 @@ def test_overlap_changes_no_bit() -> None:
     assert run(True) == run(False)
 
 
-def test_evaluation_in_between_changes_nothing() -> None:
+@pytest.mark.parametrize("parts", ({}, {"noisy": "factorised", "alpha": 0.6}))
+def test_evaluation_in_between_changes_nothing(parts: dict[str, object]) -> None:
     from agents.evaluate import Evaluator
     from envs import EnvConfig
 
-    plain, _ = trained("CartPole-v1", 600, num_envs=2, **QUICK)
+    plain, _ = trained("CartPole-v1", 600, num_envs=2, **QUICK, **parts)
     evaluator = Evaluator("CartPole-v1", EnvConfig(), episodes=3, seed=9)
     agents: list[DQN] = []
 
@@ -269,7 +270,7 @@ def test_evaluation_in_between_changes_nothing() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DQN, "build", build)
-        watched, _ = trained("CartPole-v1", 600, num_envs=2, between=evaluate, **QUICK)
+        watched, _ = trained("CartPole-v1", 600, num_envs=2, between=evaluate, **QUICK, **parts)
     assert digest(plain) == digest(watched)
 
 
@@ -358,8 +359,9 @@ def test_exploration_frequencies() -> None:
     assert share == pytest.approx(0.4 * 3 / 4, abs=0.03)
 
 
-def test_state_dict_round_trip_is_exact() -> None:
-    agent, other = built(seed=1), built(seed=2)
+@pytest.mark.parametrize("noisy", ("off", "factorised", "independent"))
+def test_state_dict_round_trip_is_exact(noisy: str) -> None:
+    agent, other = built(seed=1, noisy=noisy), built(seed=2, noisy=noisy)
     for number in range(3):
         agent.update(batch_of(16, seed=number))
     other.load_state_dict(copy.deepcopy(agent.state_dict()))
