@@ -17,6 +17,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from agents.base import linear
+
 B1, B2 = 0.9, 0.999
 
 
@@ -47,7 +49,7 @@ class Adam:
 
         In tensors and outside of the compiled graph, which would work the powers out anew for every few parameters.
         """
-        lr = self.lr + (self.lr_end - self.lr) * min(self.count / self.decay, 1.0)
+        lr = linear(self.lr, self.lr_end, self.decay, self.count)
         self.count += 1
         root = math.sqrt(1 - B2**self.count)
         self.rate.fill_(lr * root / (1 - B1**self.count))

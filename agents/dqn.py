@@ -146,7 +146,7 @@ def quantile_loss(theta: Tensor, target: Tensor) -> Tensor:
     count = theta.shape[1]
     tau = (torch.arange(count, device=theta.device, dtype=theta.dtype) + 0.5) / count  # (K,)
     error = target[:, None, :] - theta[:, :, None]  # (B, K, K')
-    huber = torch.where(error.abs() <= 1, 0.5 * error**2, error.abs() - 0.5)
+    huber = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none")
     return ((tau[:, None] - (error.detach() < 0).float()).abs() * huber).mean(2).sum(1)
 
 
@@ -253,9 +253,8 @@ class DQN:
             guarded_compile(self.learn, say) if compute.compile else self.learn for _ in range(2)
         )
         self._actor = self.online
-        if (
-            compute.precision == "bf16"
-        ):  # nets that are only read hold what autocast would cast them to each time
+        if compute.precision == "bf16":
+            # nets that are only read hold what autocast would cast them to each time
             self._actor = copy.deepcopy(self.target)
             self._actor.backbone.to(torch.bfloat16)
             if config.tau == 1:  # a target that creeps needs the digits

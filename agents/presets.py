@@ -40,6 +40,16 @@ PONG = dict(
     clip_reward=True,
     eval_every=50_000,
 )
+ATARI = dict(
+    steps=10_000_000,
+    batch=32,
+    train_every=4,
+    capacity=1_000_000,
+    target_every=2_000,
+    adam_eps=1.5e-4,
+    clip_reward=True,
+    eval_every=250_000,
+)
 PONG_WHY = "found on two cores: runs/reference/README.md"
 PRESETS = {
     "pong": Preset(
@@ -52,34 +62,16 @@ PRESETS = {
     "nature": Preset(
         "dqn",
         ("ALE/*", "*NoFrameskip-v*"),
-        dict(
-            steps=10_000_000,
-            lr=1e-4,
-            batch=32,
-            train_every=4,
-            learning_starts=80_000,
-            capacity=1_000_000,
-            target_every=2_000,
-            adam_eps=1.5e-4,
-            epsilon_end=0.01,
-            epsilon_steps=250_000,
-            clip_reward=True,
-            eval_every=250_000,
-        ),
+        ATARI | dict(lr=1e-4, learning_starts=80_000, epsilon_end=0.01, epsilon_steps=250_000),
         "Mnih et al. 2015 with the Adam step size and epsilon of later work",
     ),
     "rainbow": Preset(
         "dqn",
         (),  # by name only
-        dict(
-            steps=10_000_000,
+        ATARI
+        | dict(
             lr=6.25e-5,
-            adam_eps=1.5e-4,
-            batch=32,
-            train_every=4,
             learning_starts=20_000,
-            capacity=1_000_000,
-            target_every=2_000,
             n_step=3,
             dueling="mean",
             noisy="factorised",
@@ -87,8 +79,6 @@ PRESETS = {
             alpha=0.5,
             epsilon_start=0.0,
             epsilon_end=0.0,
-            clip_reward=True,
-            eval_every=250_000,
         ),
         "Hessel et al. 2018, table 1; one step is four frames, an update every four steps",
     ),

@@ -118,9 +118,8 @@ def guarded_compile(function: Callable[..., Any], say: Callable[[str], None]) ->
     # isolated, since without its other guards the graph of one agent would do for any other
     how: Any = {"dynamic": False, "options": {"guard_filter_fn": _of_arguments}, "isolate_recompiles": True}
     compiled = torch.compile(function, **how)
-    torch._dynamo.config.trace_autograd_ops = (
-        True  # lets a graph hold torch.autograd.grad, hence the whole update
-    )
+    # lets a graph hold torch.autograd.grad, and with it the whole update
+    torch._dynamo.config.trace_autograd_ops = True
     state = {"run": compiled, "proven": False}
 
     def call(*arguments: Any) -> Any:

@@ -130,8 +130,8 @@ class Ring:
 
         Raises: ValueError if nothing can be sampled yet.
         """
-        draw = self._draw if self._tree is None else self._draw_preferred
-        lane, position, weight = draw(batch, parts)
+        count = batch * parts
+        lane, position = self._draw(count) if self._tree is None else self._draw_preferred(self._tree, count)
         base = lane * self.slots
         reward, discount, taken = self._returns(base, position)
         index = base + position % self.slots
@@ -142,7 +142,7 @@ class Ring:
             reward=torch.from_numpy(reward),
             next_obs=next_obs,
             discount=torch.from_numpy(discount),
-            weight=weight,
+            weight=self._weights(index, parts),
             index=torch.from_numpy(index),
         )
 
@@ -209,26 +209,25 @@ class Ring:
         low = np.where(oldest > 0, oldest + self.stack - 1, 0)
         return low, np.maximum(self._count - self.n_step, low)
 
-    def _draw_preferred(self, size: int, parts: int) -> tuple[np.ndarray, np.ndarray, Tensor]:
-        """Lanes, positions and importance weights (B,), by priority."""
-        assert self._tree is not None and self.priority is not None
-        total = self._tree.total
+    def _draw_preferred(self, tree: SumTree, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Lanes and positions (B,), by priority."""
+        total = tree.total
         if total == 0:
             raise ValueError("the replay has nothing to sample yet")
-        slot = self._tree.find(self.rng.random(size * parts) * total)
+        slot = tree.find(self.rng.random(batch) * total)
         lane, offset = slot // self.slots, slot % self.slots
         count = self._count[lane]
-        position = count - 1 - (count - 1 - offset) % self.slots  # the newest position in this slot
-        preferred = self._tree.leaves[slot].reshape(parts, size)
-        return (
-            lane,
-            position,
-            torch.from_numpy(weights(preferred, self.priority.beta(int(self._steps[0]))).ravel()),
-        )
+        return lane, count - 1 - (count - 1 - offset) % self.slots  # the newest position in this slot
 
-    def _draw(self, size: int, parts: int) -> tuple[np.ndarray, np.ndarray, Tensor]:
-        """Lanes, positions and weights (B,), uniform over all starts; a FINAL slot is drawn again."""
-        batch = size * parts
+    def _weights(self, index: np.ndarray, parts: int) -> Tensor:
+        """Importance weights (B,) of slots drawn for `parts` batches; 1 for uniform sampling."""
+        if self._tree is None or self.priority is None:
+            return torch.ones(len(index))
+        drawn = self._tree.leaves[index].reshape(parts, -1)
+        return torch.from_numpy(weights(drawn, self.priority.beta(int(self._steps[0]))).ravel())
+
+    def _draw(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Lanes and positions (B,), uniform over all starts; a FINAL slot is drawn again."""
         low, high = self._window()
         ends = np.cumsum(high - low)
         if ends[-1] == 0:
@@ -243,7 +242,7 @@ class Ring:
             position = chosen - (ends - high)[lane]  # ends - high = (starts before this lane) - low
             final = self._flag[lane * self.slots + position % self.slots] == FINAL
             if not final.any():
-                return lane, position, torch.ones(batch)
+                return lane, position
             chosen[final] = self.rng.integers(ends[-1], size=int(final.sum()))
 
     def _returns(self, base: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
