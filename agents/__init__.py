@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agents.dqn import DQN
-    from agents.training import train
+    from agents.training import resume, train
 
-__all__ = ["AGENTS", "DQN", "load", "train"]
+__all__ = ["AGENTS", "DQN", "load", "resume", "train"]
 
 # name -> module and class; a table of names, so that listing the choices imports no torch
 AGENTS = {"dqn": ("agents.dqn", "DQN")}
@@ -26,10 +26,10 @@ def load(name: str) -> Any:
 
 def __getattr__(name: str) -> Any:
     """Import torch only when an agent is asked for."""
-    if name == "train":
-        from agents.training import train
+    if name in ("resume", "train"):
+        from agents import training
 
-        return train
+        return getattr(training, name)
     for key, (_, attribute) in AGENTS.items():
         if name == attribute:
             return load(key)

@@ -18,14 +18,18 @@ from replay import Ring, Update
 PORTION = 16 << 20  # bytes of samples drawn at a time
 
 
-def off_policy(agent: Agent, collector: Collector, replay: Ring, watch: Watch, steps: int) -> int:
-    """Act, remember and learn for `steps` agent steps over all environments; return the steps taken.
+def off_policy(
+    agent: Agent, collector: Collector, replay: Ring, watch: Watch, steps: int, start: int = 0
+) -> int:
+    """Act, remember and learn from agent step `start` to `steps`, over all environments; return the step reached.
 
     Emulation starts before the updates of a step and ends after them, so that both run at once. The step under way is
     therefore in the replay one step later, with or without overlap: results do not depend on it.
     """
     config, num_envs = agent.config, collector.env.num_envs
-    state, step = agent.initial(num_envs), 0
+    state, step = agent.initial(num_envs), start
+    # who comes back without a replay fills it first
+    learning_starts = config.learning_starts + (0 if len(replay) else start)
     while step < steps and not watch.stopping:
         decision = agent.act(collector.obs, collector.first, state, step)
         state = decision.state
@@ -33,7 +37,7 @@ def off_policy(agent: Agent, collector: Collector, replay: Ring, watch: Watch, s
         before, step = step, step + num_envs
         update: Update | None = None
         updates = due(config.train_every, before, step) * config.updates
-        if updates and before >= config.learning_starts and len(replay):  # n-step samples need n steps more
+        if updates and before >= learning_starts and len(replay):  # n-step samples need n steps more
             for count in portions(updates, config.batch, replay):
                 batch = replay.sample(config.batch, count)
                 update = agent.update(batch, count)

@@ -2,6 +2,7 @@
 
 python -m agents.run AGENT --env ID [--backbone NAME] [--steps N] [--seed S] [--num-envs N] [--device auto|cpu|cuda]
                      [--run DIR] [--preset NAME] [--config FILE.json] [agent, backbone and environment flags]
+python -m agents.run AGENT --run DIR --resume [--steps N] [--strict]
 """
 
 from __future__ import annotations
@@ -54,6 +55,11 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"the first word must be an agent ({', '.join(AGENTS)}), got {name}")
     pick("agent", name, AGENTS)
     given = _parser(name, _value_of("--backbone", rest) or "").read(rest)
+    again, strict = given.pop("resume"), given.pop("strict")
+    if again:
+        return _report(_resume(name, given, strict))
+    if strict:
+        raise UserError("--strict belongs to --resume")
     if "env" not in given and "config" not in given:
         raise UserError("--env is needed, for example --env ALE/Pong or --env CartPole-v1")
     file = _settings(given.pop("config")) if "config" in given else {}
@@ -65,6 +71,29 @@ def main(arguments: list[str]) -> int:
     env = given.pop("env", None) or file.get("env")
     result = train(name, env or "", run=path, preset=preset, file=file, **given)
     return _report(result)
+
+
+def _resume(name: str, given: dict[str, Any], strict: bool) -> Any:
+    """Go on with a run; settings that are given anew must be those it has, but for its length."""
+    from agents.training import resume
+    from envs import full_id
+    from runs import Run
+
+    if "run" not in given:
+        raise UserError("--resume needs --run DIR, the folder of the run to go on with")
+    path, steps = given.pop("run"), given.pop("steps", None)
+    saved = Run.open(path).config
+    if saved.get("agent") != name:
+        raise UserError(f"{path} is a run of {saved.get('agent')!r}, not of {name!r}")
+    if "env" in given:
+        given["env"] = full_id(given["env"])
+    for key, value in given.items():
+        if saved.get(key) != value:
+            flag = key.replace("_", "-")
+            raise UserError(
+                f"--{flag} cannot change when a run is resumed, it is {saved.get(key)}; only --steps can"
+            )
+    return resume(path, steps=steps, strict=strict)
 
 
 def _parser(agent: str, backbone: str) -> Parser:
@@ -79,6 +108,8 @@ def _parser(agent: str, backbone: str) -> Parser:
     where.add_argument(
         "--preset", metavar="NAME", help="settings by name; none for none (default by agent and env)"
     )
+    where.add_argument("--resume", action="store_true", default=False, help="go on with the run in --run")
+    where.add_argument("--strict", action="store_true", default=False, help="refuse to if bits may differ")
     where.add_argument("--config", metavar="FILE", help="JSON file of settings, e.g. a run's config.json")
     for each in [backbone] if backbone else backbones.BACKBONES:
         for title, owner in owners(agent, each).items():
@@ -115,8 +146,9 @@ def _report(result: Any) -> int:
     run, facts = shlex.quote(str(result.path)), result.summary
     if result.signal:
         print(
-            f"\nStopped by signal {result.signal} at step {facts['steps']:,}; the latest weights are saved."
+            f"\nStopped by signal {result.signal} at step {facts['steps']:,}, everything is saved. To go on:"
         )
+        print(f"  python -m agents.run {facts['agent']} --run {run} --resume\n")
     else:
         score, rate = facts["evaluation"], facts["steps_per_second"]["whole"]
         print(

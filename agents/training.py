@@ -52,6 +52,7 @@ class RunConfig:
     eval_episodes: Annotated[int, Knob("greedy episodes of an evaluation", low=1)] = 10
     final_episodes: Annotated[int, Knob("greedy episodes of the last evaluation", low=1)] = 30
     checkpoint_every: Annotated[int, Knob("steps between checkpoints; 0: only at the end", low=0)] = 100_000
+    save_replay: Annotated[bool, Knob("checkpoints hold the replay; else a resumed run refills it")] = True
     video: Annotated[bool, Knob("film an episode at each evaluation for TensorBoard")] = True
 
     def __post_init__(self) -> None:
@@ -177,15 +178,78 @@ def train(
             own["backbone"] = f"{OBJECT}{type(agent.backbone).__name__}"
         resolved = resolve(agent.name, {**own, **settings, "env": env}, file or {}, "none", say)
         chosen = parts(resolved)
-    return _train(learner, resolved, chosen, run, root, say, begun)
+
+    def start(decided: dict[str, Any]) -> Start:
+        return Run.create(decided, root=root, path=run), 0, None
+
+    return _train(learner, resolved, chosen, start, say, begun)
+
+
+def resume(
+    path: str | Path,
+    *,
+    agent: Agent | None = None,
+    steps: int | None = None,
+    strict: bool = False,
+    say: Callable[[str], None] = print,
+) -> Result:
+    """Go on with a run where its newest usable checkpoint stands, to the bit as if it had never stopped.
+
+    `steps` makes it longer. `agent` is needed if the run was started with an agent object on a backbone object.
+    What can change bits (versions, machine) is named, and refused if `strict`.
+    Raises: UserError if the folder holds no run that can go on.
+    """
+    begun = time.perf_counter()
+    opened = Run.open(path)
+    settings = _complete(opened)
+    of_object = str(settings["backbone"]).startswith(OBJECT)
+    if agent is None and of_object:
+        raise UserError(
+            f"{path} was trained on a backbone object: give resume() the agent object it was given"
+        )
+
+    def compare(differences: list[str]) -> None:
+        if strict and differences:
+            raise UserError(f"--strict: {path} cannot go on to the bit: {'; '.join(differences)}")
+        for difference in differences:
+            say(f"bits may differ from an undisturbed run: {difference}")
+
+    compare(opened.differences())
+    if steps is not None:
+        settings["steps"] = steps
+    chosen = parts(settings)
+
+    def start(decided: dict[str, Any]) -> Start:
+        saved = opened.config
+        computing = [
+            field.name for field in fields(ComputeConfig) if saved.get(field.name) != decided[field.name]
+        ]
+        compare([f"--{name} was {saved.get(name)}, is {decided[name]}" for name in computing])
+        run, step, state = Run.resume(path, say)
+        if step >= settings["steps"]:
+            run.close()
+            raise UserError(f"{path} is finished at step {step:,}; give --steps more than that to go on")
+        run.configure(decided)
+        say(f"resuming at step {step:,}" if state else "no checkpoint yet: beginning anew at step 0")
+        return run, step, state
+
+    if agent is None:
+        made = load(settings["agent"])(chosen.agent, backbone=settings["backbone"], net=chosen.net)
+        return _train(made, settings, chosen, start, say, begun)
+    if agent.name != settings["agent"] or agent.config != chosen.agent:
+        raise UserError(f"{path} was trained by {settings['agent']} with other settings than this object's")
+
+    return _train(agent, settings, chosen, start, say, begun)
+
+
+Start = tuple[Run, int, dict[str, Any] | None]  # an open run, the step it stands at, and what was saved there
 
 
 def _train(
     agent: Agent,
     settings: dict[str, Any],
     chosen: Parts,
-    path: str | Path | None,
-    root: str | Path,
+    start: Callable[[dict[str, Any]], Start],
     say: Callable[[str], None],
     begun: float,
 ) -> Result:
@@ -197,27 +261,29 @@ def _train(
     compute = choose(chosen.compute, image=_sees_image(env), updates=_updates(config, chosen.agent), say=say)
     agent.build(env.single_observation_space, env.single_action_space, compute, of_agent, say)
     replay = _ring(chosen.agent, config, env, np.random.default_rng(of_replay))
+    collector = Collector(env, _number(of_envs), resumable=True)
+    if not collector.exact:
+        say(f"{config.env} can neither be saved nor rebuilt: its episodes restart when the run is resumed")
     decided = {field.name: getattr(compute, field.name) for field in fields(ComputeConfig)}
     decided["compile"] = "on" if compute.compile else "off"
-    run = Run.create({**settings, **decided}, root=root, path=path)  # a rerun of config.json decides the same
+    run, step, state = start({**settings, **decided})  # a rerun of config.json decides the same
     say(f"{compute}; run folder {run.path}")
     seed = _number(of_evaluation)
     title = f"{agent.name} on {config.env}"
     with Stop() as stop, run, Panel(title, config.steps, folder=run.path) as panel:
+        evaluator = Evaluator(config.env, chosen.env, config.eval_episodes, seed)
         watch = Watch(
-            agent,
-            run,
-            panel,
-            stop,
-            Evaluator(config.env, chosen.env, config.eval_episodes, seed),
-            envs.frame_skip(env),
-            config,
-            begun,
+            agent, collector, replay, run, panel, stop, evaluator, envs.frame_skip(env), config, begun
         )
-        collector = Collector(env, _number(of_envs))
-        step = off_policy(agent, collector, replay, watch, config.steps)
+        if state is not None:
+            try:
+                watch.restore(state)
+            except (KeyError, ValueError, RuntimeError) as error:
+                raise UserError(
+                    f"the checkpoint in {run.path} does not fit its config.json: {error}"
+                ) from None
+        step = off_policy(agent, collector, replay, watch, config.steps, step)
         seconds, rates = watch.seconds, watch.rates(step)
-        watch.log(step)
         watch.save(step)
         collector.close()
         watch.evaluator.close()
@@ -237,21 +303,33 @@ def _train(
     return Result(run.path, agent, facts, stop.signal)
 
 
+def _complete(run: Run) -> dict[str, Any]:
+    """The settings of a saved run; a knob that came after it had its default's effect then.
+
+    Raises: UserError if config.json does not describe a run of these commands.
+    """
+    settings = run.config
+    try:
+        groups = owners(settings["agent"], settings.get("backbone", "")).values()
+        settings = {field.name: field.default for owner in groups for field in fields(owner)} | settings
+        parts(settings)
+    except KeyError as error:
+        raise UserError(
+            f"{run.path}/config.json lacks {error}; it describes no run of these commands"
+        ) from None
+    return settings
+
+
 def restore(path: str | Path, which: str) -> tuple[Agent, dict[str, Any], EnvConfig]:
     """The agent of a saved run with its "best" or "latest" weights, the run's settings, and its environment knobs.
 
     Raises: UserError if the run was made by another version, or with a backbone that only its program knows.
     """
     run = Run.open(path)
-    settings: dict[str, Any] = run.config
-    if str(settings.get("backbone", "")).startswith(OBJECT):
+    if str(run.config.get("backbone", "")).startswith(OBJECT):
         raise UserError(f"{path} was trained on a backbone object of its program; load its weights there")
-    try:  # a knob that came later had its default's effect before
-        groups = owners(settings["agent"], settings["backbone"]).values()
-        settings = {field.name: field.default for owner in groups for field in fields(owner)} | settings
-        chosen = parts(settings)
-    except KeyError as error:
-        raise UserError(f"{path}/config.json lacks {error}; it describes no run of these commands") from None
+    settings = _complete(run)
+    chosen = parts(settings)
     state = run.load(which)
     agent = load(settings["agent"])(chosen.agent, backbone=settings["backbone"], net=chosen.net)
     env = envs.make(chosen.run.env, 1, 0, chosen.env)

@@ -17,8 +17,8 @@ import numpy as np
 
 from agents.base import Agent, due
 from agents.evaluate import Evaluator, film
-from envs import Episode
-from replay import Update
+from envs import Collector, Episode
+from replay import Ring, Update
 from runs import Run, UserError
 from runs.panel import Panel
 
@@ -56,6 +56,8 @@ class Watch:
     """What is written and shown while an agent trains."""
 
     agent: Agent
+    collector: Collector
+    replay: Ring
     run: Run
     panel: Panel
     stop: Stop
@@ -68,8 +70,10 @@ class Watch:
     episodes: int = 0
     _returns: deque[float] = field(default_factory=lambda: deque(maxlen=20))
     _films: bool = field(init=False)
-    _update: Update | None = None  # the newest that is not yet in the log
+    _pending: dict[str, Any] | None = None  # metrics of the newest update that is not yet in the log
     _logged: tuple[int, float] = (0, 0.0)
+    saving: float = 0.0  # seconds spent on checkpoints
+    _warm: int = WARM_UPDATES  # updates after which the steady rate is measured
     _aside: float = 0.0  # seconds spent evaluating and saving
     _steady: tuple[int, float] | None = None  # step and learning seconds where the steady rate begins
 
@@ -96,7 +100,7 @@ class Watch:
             self.run.episode(step, step * self.frame_skip, self.seconds, episode.return_, episode.length)
         if update is not None:
             self._note_update(step)
-            self._update = update
+            self._pending = update.metrics
         if due(self.config.log_every, before, step) or step >= self.config.steps:
             self.log(step)
         self.panel.update(step, step * self.frame_skip)
@@ -158,17 +162,57 @@ class Watch:
         """A checkpoint; a disk that refuses is reported and costs only this one."""
         begun = time.perf_counter()
         try:
-            self.run.save(step, self._state(step))
+            self.run.save(step, self._state(step), {f"replay/{name}" for name in self.replay.unchanged()})
+            self.replay.saved()
         except OSError as error:
             self.panel.say(
                 f"checkpoint at step {step:,} failed ({error}); training goes on, the last good one stays"
             )
+        self.saving += time.perf_counter() - begun
         self._aside += time.perf_counter() - begun
 
     def _state(self, step: int) -> dict[str, dict[str, Any]]:
+        """Everything that the rest of the run follows from."""
         state = self.agent.state_dict()
-        counters = {"step": step, "episodes": self.episodes, "seconds": self.seconds}
-        return {**state, "counters": {**state["counters"], **counters}}
+        pending = self._pending and {name: float(value) for name, value in self._pending.items()}
+        counters = {
+            "step": step,
+            "episodes": self.episodes,
+            "seconds": self.seconds,
+            "saving": self.saving,
+            "first_update": self.first_update,
+            "returns": list(self._returns),
+            "pending": pending,
+        }
+        kept = {"replay": self.replay.state_dict()} if self.config.save_replay else {}
+        return {
+            **state,
+            "counters": {**state["counters"], **counters},
+            "envs": self.collector.state_dict(),
+            **kept,
+        }
+
+    def restore(self, state: dict[str, dict[str, Any]]) -> None:
+        """Go on from where `save` stood: agent, environments, replay and counts.
+
+        Raises: ValueError or KeyError if the state does not fit the settings.
+        """
+        counters = state["counters"]
+        self.agent.load_state_dict(state)
+        rebuilt = self.collector.load_state_dict(state["envs"])
+        if "replay" in state:
+            self.replay.load_state_dict(state["replay"])
+        else:
+            self.panel.say("the replay was not saved: learning goes on when it is filled again")
+        if not rebuilt:
+            self.panel.say("the environments could not be rebuilt: their episodes restart")
+            self.replay.cut(self.collector.stood(state["envs"]))
+        self.episodes, self.saving = counters["episodes"], counters["saving"]
+        self.first_update, self._pending = counters["first_update"], counters["pending"]
+        self._returns.extend(counters["returns"])
+        self.started -= counters["seconds"]
+        self._logged = (counters["step"], self.seconds)
+        self._warm = self.agent.updates + WARM_UPDATES  # the compiler runs again
 
     def rates(self, step: int) -> dict[str, float | None]:
         """Agent steps per second: `whole` over the run, `steady` while learning, evaluations and compilation aside."""
@@ -186,6 +230,7 @@ class Watch:
             "seconds": seconds,
             "seconds_to_first_update": self.first_update,
             "steps_per_second": rates,
+            "seconds_saving": self.saving,
             "evaluation": self.evaluation or None,
             "parameters": self.agent.parameters,
             "finished": not self.stopping,
@@ -194,18 +239,18 @@ class Watch:
     def _note_update(self, step: int) -> None:
         if self.first_update is None:
             self.first_update = self.seconds
-        if self._steady is None and self.agent.updates >= WARM_UPDATES:
+        if self._steady is None and self.agent.updates >= self._warm:
             self._steady = (step, self.seconds - self._aside)
 
     def log(self, step: int) -> None:
         """A row of metrics, if there was an update since the last one."""
-        if self._update is None:
+        if self._pending is None:
             return
-        update, self._update = self._update, None
+        pending, self._pending = self._pending, None
         now = self.seconds - self._aside
         rate = (step - self._logged[0]) / max(now - self._logged[1], 1e-9)
         self._logged = (step, now)
-        metrics = {name: float(value) for name, value in update.metrics.items()}
+        metrics = {name: float(value) for name, value in pending.items()}
         speed = {"speed/steps_per_second": rate, "speed/frames_per_second": rate * self.frame_skip}
         counts = {"train/updates": self.agent.updates, "train/epsilon": self.agent.exploration(step)}
         self.run.log(step, metrics | counts | speed)

@@ -19,9 +19,10 @@ from typing import Annotated, Any
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 
-from envs.collect import ActionCheck, spread
+from envs.collect import ActionCheck
+from envs.journal import SeedPerEnv, spread
 from runs.config import Knob, UserError
 
 _UNLIMITED = 2**31 - 2  # ale-py adds one to its frame limit, so the largest int32 would overflow
@@ -128,7 +129,7 @@ def refuse(config: EnvConfig, names: tuple[str, ...], where: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value} does not apply to {where}")
 
 
-class Atari(VectorEnv):
+class Atari(SeedPerEnv):
     """N games in native threads, in order, with SAME_STEP autoreset; a step has two halves.
 
     Shapes: obs (N, stack, size, size) uint8, oldest frame first, zeros before the start; with `colour` a last
@@ -156,14 +157,22 @@ class Atari(VectorEnv):
         self._lives = np.zeros(num_envs, np.int32)
         self._frames = np.zeros(num_envs, np.int64)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
-        """Start every game anew; each env draws from its own stream of `seed`."""
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        """Start every game anew, or those of the mask `options["reset_mask"]` (N,).
+
+        `seed` is one seed for each env, or a number from which every env gets its own.
+        """
+        rows = np.ones(self.num_envs, bool)
         if options:
-            raise ValueError(f"Atari takes no reset options, got {sorted(options)}")
+            if options.keys() != {"reset_mask"}:
+                raise ValueError(f"Atari takes no reset options but reset_mask, got {sorted(options)}")
+            rows = options["reset_mask"]
         seed, self._seed = self._seed if seed is None else seed, None
-        streams = None if seed is None else np.array(spread(seed, self.num_envs))
-        obs, info = self._native.reset(seed=streams)
-        self._lives, self._frames = info["lives"], np.zeros(self.num_envs, np.int64)
+        seeds = spread(seed, self.num_envs) if isinstance(seed, int) else seed
+        streams = None if seeds is None else np.array(seeds)[rows].astype(np.int64)
+        obs, info = self._native.reset(seed=streams, options={"reset_mask": rows})
+        self._lives = np.where(rows, info["lives"], self._lives)
+        self._frames[rows] = 0
         return obs, info
 
     def step_async(self, actions: np.ndarray) -> None:

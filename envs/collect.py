@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from gymnasium.spaces import Discrete
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 
+from envs.journal import EVERY, SEEDED, Journal, Stateful, reset, spread
 from replay.types import Transition
 from runs.config import UserError
 
@@ -37,23 +38,6 @@ class Overlapped(Protocol):
         ...
 
 
-def spread(seed: int, count: int) -> list[int]:
-    """Give `count` envs seeds of their own; with consecutive ones env 1 of run 0 would equal env 0 of run 1.
-
-    Units: each in [0, 2^31 - 1), because ale-py reads -1 as "at random" and no more than int32.
-    """
-    if seed < 0:
-        raise UserError(f"seed must be 0 or more, got {seed}")
-    return [int(word) % (2**31 - 1) for word in np.random.SeedSequence(seed).generate_state(count, np.uint64)]
-
-
-def reset(env: VectorEnv, seed: int) -> Any:
-    """Reset every env from `seed` and return the observations."""
-    of_scalars = isinstance(env.unwrapped, (SyncVectorEnv, AsyncVectorEnv))
-    streams: Any = spread(seed, env.num_envs if of_scalars else 1)
-    return env.reset(seed=streams if of_scalars else streams[0])[0]
-
-
 class Collector:
     """Steps a vector env and yields `Transition`s.
 
@@ -62,15 +46,17 @@ class Collector:
     speed only. `episodes` holds what the last `recv` finished.
     """
 
-    def __init__(self, env: VectorEnv, seed: int, *, overlap: bool = True) -> None:
-        """Reset `env` from `seed`.
+    def __init__(
+        self, env: VectorEnv, seed: int, *, overlap: bool = True, resumable: bool = False, every: int = EVERY
+    ) -> None:
+        """Reset `env` from `seed`; if `resumable`, remember what its state can be rebuilt from.
 
         Raises: ValueError if the env does not reset in the same step; UserError for a non-finite observation.
         """
         mode = env.metadata.get("autoreset_mode")
         if mode is not AutoresetMode.SAME_STEP:
             raise ValueError(f"autoreset_mode must be SAME_STEP (use envs.make), got {mode}")
-        self.env, self.overlap, self.steps = env, overlap, 0
+        self.env, self.overlap, self.steps, self._seed = env, overlap, 0, seed
         self.obs: Any = reset(env, seed)
         self.first = np.ones(env.num_envs, bool)
         self.episodes: list[Episode] = []
@@ -79,6 +65,10 @@ class Collector:
         self._waiting: Overlapped | None = env if overlap and isinstance(env, Overlapped) else None
         self._action: np.ndarray | None = None
         self._result: Any = None
+        self._stateful: Stateful | None = env if isinstance(env, Stateful) else None
+        seeded = isinstance(env.unwrapped, SEEDED) and not env.metadata.get("nondeterministic", False)
+        kept = resumable and seeded and self._stateful is None
+        self._journal = Journal(env, seed, every) if kept else None
         # decided once: a step of a small environment takes no longer than a few such questions
         self._checked = ActionCheck(env)
         self._floats = [path for path, leaf in _leaves(self.obs) if leaf.dtype.kind == "f"]
@@ -92,6 +82,8 @@ class Collector:
         if self._action is not None:
             raise RuntimeError("send called twice without recv")
         self._action = self._checked(action)
+        if self._journal is not None:
+            self._journal.note(self._action)
         if self._waiting is not None:
             self._waiting.step_async(self._action)
         elif not self.overlap:
@@ -125,8 +117,62 @@ class Collector:
         self._returns += reward
         self._lengths += 1
         self.episodes = self._finish(ended) if any_ended else []
+        if any_ended and self._journal is not None:
+            anew = self._journal.turn(ended)
+            if anew is not None:
+                self._check_obs(anew)
+                obs = anew
         self.obs, self.first, self._action = obs, ended, None
         return transition
+
+    @property
+    def exact(self) -> bool:
+        """Whether `load_state_dict` can bring the environments back to where they were."""
+        return self._stateful is not None or self._journal is not None
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Where the episodes stand, and what the environments can be rebuilt from; not between send and recv."""
+        if self._action is not None:
+            raise RuntimeError("state_dict called between send and recv")
+        own = {
+            "steps": np.array(self.steps),
+            "first": self.first,
+            "returns": self._returns,
+            "lengths": self._lengths,
+        }
+        own |= {f"obs.{k}": leaf for k, (_, leaf) in enumerate(_leaves(self.obs))}
+        kept = self._stateful.get_state() if self._stateful is not None else {}
+        kept = self._journal.state_dict() if self._journal is not None else kept
+        return own | {f"env.{name}": value for name, value in kept.items()}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> bool:
+        """Bring the environments back; False if they could not be: then all episodes start anew.
+
+        `obs` is where they stood in the first case, and where they start in the second.
+        """
+        kept = {name[4:]: value for name, value in state.items() if name.startswith("env.")}
+        found: Any = None
+        if self._stateful is not None and kept:
+            self._stateful.set_state(kept)
+            found = self.stood(state)
+        elif self._journal is not None and kept:
+            found = self._journal.load_state_dict(kept)
+        self.steps = int(state["steps"])
+        stood = [leaf for _, leaf in _leaves(self.stood(state))]
+        if found is not None and all(map(np.array_equal, stood, [leaf for _, leaf in _leaves(found)])):
+            self.obs, self.first = found, np.array(state["first"])
+            self._returns[...], self._lengths[...] = state["returns"], state["lengths"]
+            return True
+        seed = spread(self._seed, 2)[1] + self.steps  # other episodes than at the start of the run
+        self.obs, self.first = reset(self.env, seed), np.ones(self.env.num_envs, bool)
+        self._returns[...], self._lengths[...] = 0, 0
+        if self._journal is not None:
+            self._journal = Journal(self.env, seed)
+        return False
+
+    def stood(self, state: dict[str, np.ndarray]) -> Any:
+        """The observations (N, *S) that a `state_dict` holds."""
+        return _filled(self.obs, iter([state[f"obs.{k}"] for k, _ in enumerate(_leaves(self.obs))]))
 
     def unfinished(self, rows: np.ndarray) -> list[Episode]:
         """The episodes of these envs as they stand."""
@@ -226,6 +272,15 @@ def _leaves(obs: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, .
             yield from _leaves(part, (*path, k))
     elif isinstance(obs, np.ndarray):
         yield path, obs
+
+
+def _filled(obs: Any, leaves: Iterator[np.ndarray]) -> Any:
+    """The structure of `obs` with other leaves, in the order of `_leaves`."""
+    if isinstance(obs, dict):
+        return {name: _filled(part, leaves) for name, part in obs.items()}
+    if isinstance(obs, tuple):
+        return tuple(_filled(part, leaves) for part in obs)
+    return np.array(next(leaves)) if isinstance(obs, np.ndarray) else obs
 
 
 def _finite(value: np.ndarray) -> bool:

@@ -15,9 +15,10 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
 from envs.atari import DEFAULT, Atari, EnvConfig, Game, is_atari, protocol, ram_game, refuse
-from envs.collect import reset
 from envs.diagnostic import register
+from envs.journal import reset
 from runs.config import UserError, check, nearest
+from runs.streams import pack, unpack
 
 _CARTPOLE = "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv"
 _MODES = ("auto", "sync", "async", "vector")
@@ -59,6 +60,7 @@ def make(
         line = f"{spec.id}: {_shape(env.single_observation_space)} -> {_shape(env.single_action_space)}"
         limit = f", at most {spec.max_episode_steps} steps" if spec.max_episode_steps else ""
         env.metadata = {**env.metadata, "frame_skip": 1, "description": line + limit}
+    env.metadata = {**env.metadata, "nondeterministic": spec.nondeterministic}
     env.action_space.seed(seed)
     env.single_action_space.seed(seed)
     return env
@@ -230,3 +232,15 @@ class SameStepCartPole(VectorWrapper):
             base.prev_done[:] = False  # nothing is left for the original to reset
             obs = base.state.T.astype(np.float32)
         return obs, reward, terminated, truncated, info
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """See `envs.journal.Stateful`."""
+        base: Any = self.env
+        return {"state": base.state, "steps": base.steps, "rng": pack(base.np_random)}
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """See `envs.journal.Stateful`."""
+        base: Any = self.env
+        base.state, base.steps = np.array(state["state"]), np.array(state["steps"])
+        base.prev_done[:] = False
+        unpack(base.np_random, state["rng"])

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from replay.priority import Priority, SumTree, weights
 from replay.types import Batch, Transition
+from runs.streams import pack, unpack
 
 TERMINATED, TRUNCATED, FINAL = 1, 2, 4  # bits of a slot's flag
+BLOCK = 2_048  # slots whose frames are saved together
 
 
 class Ring:
@@ -75,6 +77,7 @@ class Ring:
         self.priority = priority
         self._tree = SumTree(total) if priority else None
         self._steps = np.zeros(1, np.int64)  # ever added, over all environments
+        self._saved: np.ndarray | None = None  # (N,) slots ever written at the last save
         self._highest = np.ones(1)  # priority of what was never sampled: the highest so far
 
     @property
@@ -156,23 +159,74 @@ class Ring:
         self._highest[0] = max(self._highest[0], value.max())
         self._tree.set(index.numpy(), value)
 
+    def cut(self, obs: Any) -> None:
+        """End all episodes under way from outside: they are truncated at `obs` (N, *S), where they stand."""
+        newest = self._lane * self.slots + (self._count - 1) % self.slots
+        open_ = (self._count > 0) & (self._flag[newest] == 0)
+        self._flag[newest[open_]] = TRUNCATED
+        for name, frames in self._newest(obs).items():
+            self._last[name][open_] = frames[open_]
+
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Every array that decides what will be sampled (the generator is saved by its owner)."""
-        arrays = {"action": self._action, "reward": self._reward, "flag": self._flag, "age": self._age}
-        arrays |= {f"frames.{name}": frames for name, frames in self._frames.items()}
-        if self._tree is not None:
-            arrays |= {"priority": self._tree.leaves, "highest": self._highest, "steps": self._steps}
-        return arrays | {f"last.{name}": last for name, last in self._last.items()} | {"count": self._count}
+        """Every array that decides what will be sampled, the generator too; views, frames in blocks.
+
+        Blocks that nothing was ever written to are left out.
+        """
+        arrays = self._small()
+        blocks = np.flatnonzero(self._touched(np.zeros_like(self._count)))
+        return arrays | {name: array for block in blocks for name, array in self._block(int(block)).items()}
+
+    def unchanged(self) -> set[str]:
+        """The names in `state_dict` whose arrays are as they were at the last `saved` or `load_state_dict`."""
+        if self._saved is None:
+            return set()
+        still = np.flatnonzero(~self._touched(self._saved))
+        return {name for block in still for name in self._block(int(block))}
+
+    def saved(self) -> None:
+        """What `state_dict` gave has been stored."""
+        self._saved = self._count.copy()
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Copy a `state_dict` back in place; raises ValueError where names or shapes differ."""
-        own = self.state_dict()
-        if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+        small = self._small()
+        known = small.keys() | {n for block in range(self._blocks) for n in self._block(block)}
+        own = small | {
+            n: a for block in range(self._blocks) for n, a in self._block(block).items() if n in state
+        }
+        wrong = state.keys() - known or small.keys() - state.keys()
+        if wrong or any(own[n].shape != a.shape or own[n].dtype != a.dtype for n, a in state.items()):
             raise ValueError("this replay was saved with other spaces, capacity or number of environments")
-        for name, array in own.items():
-            array[...] = state[name]
+        for name, array in state.items():
+            own[name][...] = array
+        unpack(self.rng, state["rng"])
         if self._tree is not None:
             self._tree.refill(state["priority"])
+        self.saved()
+
+    def _small(self) -> dict[str, np.ndarray]:
+        """All that is saved whole."""
+        arrays = {"action": self._action, "reward": self._reward, "flag": self._flag, "age": self._age}
+        arrays |= {"count": self._count, "steps": self._steps, "rng": pack(self.rng)}
+        if self._tree is not None:
+            arrays |= {"priority": self._tree.leaves, "highest": self._highest}
+        return arrays | {f"last.{k}": last for k, last in enumerate(self._last.values())}
+
+    @property
+    def _blocks(self) -> int:
+        return -(-len(self._flag) // BLOCK)
+
+    def _block(self, block: int) -> dict[str, np.ndarray]:
+        rows = slice(block * BLOCK, (block + 1) * BLOCK)
+        return {f"frames.{k}.{block}": frames[rows] for k, frames in enumerate(self._frames.values())}
+
+    def _touched(self, since: np.ndarray) -> np.ndarray:
+        """Which blocks were written to since the lanes held `since` (N,) slots: (blocks,) bool."""
+        touched = np.zeros(self._blocks, bool)
+        for lane, (before, now) in enumerate(zip(since, self._count, strict=True)):
+            slots = np.arange(max(before, now - self.slots), now) % self.slots + lane * self.slots
+            touched[np.unique(slots // BLOCK)] = True
+        return touched
 
     # -- writing -------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,9 @@
 
 A state is a dict of groups. A group of tensors becomes `<group>.safetensors`, a group of numpy arrays
 `<group>/<name>.npy`, anything else `<group>.json`; `manifest.json` lists each file with its size and SHA-256.
+
+What has not changed since another checkpoint can be shared with it: the file gets a second name (a hard link), so that
+each folder is complete by itself, and a large replay costs only what was added to it.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,12 +39,19 @@ _JSON_LIMIT = 64 * 2**20  # bytes; manifests and counters are far smaller
 
 
 class CorruptCheckpoint(ValueError):
-    """A checkpoint that is damaged, incomplete or of another format; the message names it and the file."""
+    """A checkpoint that is damaged or incomplete; the message names it and the file."""
 
 
-def save(folder: Path, step: int, state: State) -> None:
+class NewerFormat(UserError):
+    """A checkpoint that a later version of this program wrote."""
+
+
+def save(
+    folder: Path, step: int, state: State, base: Path | None = None, unchanged: Collection[str] = ()
+) -> None:
     """Write `state` as the checkpoint `folder`, replacing one of that name.
 
+    Arrays named in `unchanged` ("group/name") are as in the checkpoint `base`, and shared with it where it has them.
     Everything is written and synced aside first. On any failure what was there before is intact.
     Raises: OSError if the disk refuses (full, read-only); ValueError or TypeError for an unfit state.
     """
@@ -50,7 +60,8 @@ def save(folder: Path, step: int, state: State) -> None:
     aside = partial_name(folder)
     try:
         aside.mkdir()
-        files = _write_groups(aside, state)
+        shared = {f"{name}.npy" for name in unchanged}
+        files = _write_groups(aside, state, base, _facts(base) if shared else {}, shared)
         manifest = {"format": FORMAT, "step": step, "files": files}
         _write(aside, MANIFEST, lambda file: file.write(json.dumps(manifest, indent=2).encode()))
         for inner in [*(entry for entry in aside.iterdir() if entry.is_dir()), aside]:
@@ -63,10 +74,19 @@ def save(folder: Path, step: int, state: State) -> None:
         raise
 
 
+def _facts(base: Path | None) -> dict[str, Any]:
+    """The files of a checkpoint as its manifest lists them; none if it cannot be read."""
+    try:
+        return {} if base is None else _manifest(base, None)["files"]
+    except (OSError, ValueError):
+        return {}
+
+
 def load(folder: Path, step: int | None = None) -> State:
     """Read the checkpoint `folder`, tensors on the CPU, after checking every size and hash.
 
-    Raises: CorruptCheckpoint if anything differs from the manifest, or the manifest is not for `step`.
+    Arrays are read-only views of their files.
+    Raises: CorruptCheckpoint if anything differs from the manifest, or the manifest is not for `step`; NewerFormat.
     """
     folder = folder if folder.exists() else folder.with_name(folder.name + OLD)
     try:
@@ -79,19 +99,21 @@ def load(folder: Path, step: int | None = None) -> State:
             else:
                 state[group] = value
         return state
+    except NewerFormat:
+        raise
     except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
         raise CorruptCheckpoint(f"checkpoint {folder} is not usable: {error}") from error
 
 
-def load_latest(parent: Path, say: Callable[[str], None]) -> State:
-    """Read the newest usable checkpoint below `parent`; each one skipped is named through `say`.
+def load_latest(parent: Path, say: Callable[[str], None]) -> tuple[int, State]:
+    """Read the newest usable checkpoint below `parent`, and its step; each one skipped is named through `say`.
 
     Raises: UserError if there is none.
     """
     found = steps(parent)
     for step in reversed(found):
         try:
-            return load(parent / str(step), step)
+            return step, load(parent / str(step), step)
         except CorruptCheckpoint as error:
             say(f"{error}; taking the one before")
     raise UserError(f"no {'usable ' if found else ''}checkpoint in {parent}")
@@ -103,6 +125,18 @@ def steps(parent: Path) -> list[int]:
         return []
     names = {entry.name.removesuffix(OLD) for entry in parent.iterdir() if entry.is_dir()}
     return sorted(int(name) for name in names if name.isascii() and name.isdigit() and name == str(int(name)))
+
+
+def set_aside(parent: Path, newer_than: int) -> list[Path]:
+    """Rename what lies beyond a step to `<step>.bad`: it was not usable. Returns the new names."""
+    moved = []
+    for step in steps(parent):
+        for folder in (parent / str(step), parent / f"{step}{OLD}"):
+            if step > newer_than and folder.exists():
+                moved.append(folder.with_name(f"{folder.name}.bad"))
+                shutil.rmtree(moved[-1], ignore_errors=True)
+                folder.rename(moved[-1])
+    return moved
 
 
 def prune(parent: Path, keep: int) -> None:
@@ -172,7 +206,18 @@ def _write(folder: Path, name: str, fill: Callable[[_Hashed], Any]) -> dict[str,
     return {"bytes": hashed.bytes, "sha256": hashed.hash.hexdigest()}
 
 
-def _write_groups(folder: Path, state: State) -> dict[str, Any]:
+def _link(folder: Path, name: str, base: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """Give the file of another checkpoint a second name; None if that cannot be done."""
+    try:
+        os.link(base / name, folder / name)
+    except OSError:
+        return None  # no such file, or a file system without links
+    return facts
+
+
+def _write_groups(
+    folder: Path, state: State, base: Path | None, facts: dict[str, Any], shared: Collection[str]
+) -> dict[str, Any]:
     files = {}
     for group, values in state.items():
         if not _GROUP.fullmatch(group) or f"{group}.json" == MANIFEST:
@@ -191,6 +236,11 @@ def _write_groups(folder: Path, state: State) -> dict[str, Any]:
                 if not _NAME.fullmatch(key):
                     raise ValueError(f"group {group!r} cannot have an array named {key!r}")
                 name = f"{group}/{key}.npy"
+                if base is not None and name in shared and name in facts:
+                    linked = _link(folder, name, base, facts[name])
+                    if linked is not None:
+                        files[name] = linked
+                        continue
                 files[name] = _write(folder, name, lambda file, array=array: _write_array(file, array))
         else:
             _check_json(values, group)
@@ -236,7 +286,12 @@ def _manifest(folder: Path, step: int | None) -> dict[str, Any]:
     manifest = json.loads(_bounded(folder / MANIFEST))
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise ValueError(f"{MANIFEST} is not a manifest")
-    if manifest.get("format") != FORMAT:
+    version = manifest.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise NewerFormat(
+            f"{folder} has format {version}, which needs a newer chordate; this one reads {FORMAT}"
+        )
+    if version != FORMAT:
         raise ValueError(f"{MANIFEST} has format {manifest.get('format')!r}; this version reads {FORMAT}")
     if step is not None and manifest.get("step") != step:
         raise ValueError(f"{MANIFEST} is for step {manifest.get('step')!r}, not {step}")
@@ -261,7 +316,7 @@ def _read(folder: Path, name: str, facts: dict[str, Any]) -> Any:
     if name.endswith(".npy"):
         # mapping first: a header that promises more than the file holds fails before any memory is taken;
         # unlike np.load this opens neither pickles nor zip archives
-        return np.array(np.lib.format.open_memmap(path, mode="r"))
+        return np.lib.format.open_memmap(path, mode="r")
     return (
         safetensors.load(path.read_bytes()) if name.endswith(".safetensors") else json.loads(_bounded(path))
     )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from runs.config import UserError, nearest, read_json
-from runs.disk import json_text, write_whole
+from runs.disk import PARTIAL, json_text, write_whole
 from runs.log import Events, Table, cell, read_table
 from runs.origin import origin
 
@@ -36,6 +37,7 @@ class Run:
         self.config: dict[str, Any] = dict(record["config"])
         self.origin = {name: value for name, value in record.items() if name != "config"}
         self._opened_log = log
+        self._base: Path | None = None  # the newest checkpoint, whose unchanged files the next one shares
 
     @classmethod
     def create(
@@ -51,7 +53,8 @@ class Run:
             folder = _claim(Path(path).expanduser()) if path is not None else _fresh(Path(root), config)
             with open(folder / CONFIG, "x", encoding="utf-8") as file:
                 file.write(json_text(record))
-            return cls(folder, record, _Log(folder))
+            lock = _Lock(folder)
+            return cls(folder, record, _Log(folder, lock))
         except FileExistsError:  # of two commands given the same new --run, one is told here
             raise UserError(_taken(path)) from None
         except OSError as error:
@@ -73,11 +76,65 @@ class Run:
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in record["config"].items()}
         return cls(folder, {**record, "config": values}, None)
 
+    @classmethod
+    def resume(
+        cls, path: str | Path, say: Callable[[str], None] = print
+    ) -> tuple[Run, int, dict[str, Any] | None]:
+        """Open a run to go on with it: the run, the step it stands at, and the state saved there.
+
+        The logs are cut to that step. Without any checkpoint the run begins anew: step 0, state None.
+        Checkpoints that are damaged are named through `say` and renamed.
+        Raises: UserError if there is no run, another process writes it, or none of its checkpoints is usable.
+        """
+        from runs import checkpoint
+
+        run = cls.open(path)
+        lock = _Lock(run.path)
+        parent, step, state = run.path / "checkpoints", 0, None
+        try:
+            if parent.is_dir():
+                checkpoint.tidy(parent)
+            for left in run.path.glob(f"{PARTIAL}*"):
+                left.unlink()
+            if checkpoint.steps(parent):
+                step, state = checkpoint.load_latest(parent, say)
+                run._base = parent / str(step)
+                for bad in checkpoint.set_aside(parent, step):
+                    say(f"kept the unusable checkpoint as {bad}")
+            run._opened_log = _Log(run.path, lock, None if state is None else step)
+            now = origin()
+            back = {"step": step, **{name: now[name] for name in ("started", "commit", "versions")}}
+            run.origin["resumed"] = [*run.origin.get("resumed", []), back]
+            run.configure({})
+        except BaseException as error:
+            lock.close()
+            if isinstance(error, OSError):
+                raise UserError(f"cannot write to {run.path}: {error.strerror or error}") from error
+            raise
+        return run, step, state
+
+    def differences(self) -> list[str]:
+        """What is not as it was when the run began, and can change bits: versions, source and machine."""
+        now = origin()
+        versions = [
+            (name, before, now["versions"].get(name))
+            for name, before in self.origin.get("versions", {}).items()
+        ]
+        machine = self.origin.get("machine", {})
+        facts = [*versions, ("source", self.origin.get("commit"), now["commit"])]
+        facts += [(name, machine.get(name), now["machine"][name]) for name in ("cpu", "system")]
+        return [f"{name} was {before}, is {after}" for name, before, after in facts if before != after]
+
     @property
     def _log(self) -> _Log:
         if self._opened_log is None:
             raise ValueError(f"the run {self.path} is not open for writing")
         return self._opened_log
+
+    def configure(self, changes: Mapping[str, Any]) -> None:
+        """Change settings of the run, in config.json too."""
+        self.config.update(changes)
+        write_whole(self.path / CONFIG, json_text({"config": self.config, **self.origin}).encode())
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write one row of metrics (numbers or 0-d tensors, which are read only here) to CSV and TensorBoard.
@@ -133,19 +190,22 @@ class Run:
         height, width = frames[0].shape[:2]
         log.events.image(step, name, gif_bytes(frames, fps), height, width)
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
+    def save(self, step: int, state: dict[str, Any], unchanged: Collection[str] = ()) -> Path:
         """Save a checkpoint, complete or not at all; keep the newest two. Return its folder.
 
-        `state`: groups; one of tensors, one of arrays, one that JSON can hold (see README.md).
+        `state`: groups; one of tensors, one of arrays, one that JSON can hold (see README.md). Arrays named in
+        `unchanged` ("group/name") are as they were in the last checkpoint, whose files are then shared.
         Raises: OSError if the disk refuses; the checkpoint before stays intact.
         """
         from runs import checkpoint
 
         self.flush()
         parent = self.path / "checkpoints"
-        checkpoint.save(parent / str(int(step)), int(step), state)
+        folder = parent / str(int(step))
+        checkpoint.save(folder, int(step), state, self._base, unchanged)
+        self._base = folder
         checkpoint.prune(parent, KEEP)
-        return parent / str(int(step))
+        return folder
 
     def save_best(self, state: dict[str, Any]) -> Path:
         """Save `state` as that of the last evaluation, in place of the best before. Return its folder."""
@@ -166,7 +226,7 @@ class Run:
 
         parent = self.path / "checkpoints"
         if which == "latest":
-            return checkpoint.load_latest(parent, say or _warn)
+            return checkpoint.load_latest(parent, say or _warn)[1]
         steps = checkpoint.steps(parent)
         if which != "best" and which not in steps:
             allowed = ", ".join(["best", "latest", *map(str, steps)])
@@ -199,8 +259,7 @@ class Run:
     def close(self) -> None:
         """Flush and close the logs; later calls do nothing."""
         if self._opened_log is not None:
-            for part in self._opened_log.parts:
-                part.close()
+            self._opened_log.close()
 
     def __enter__(self) -> Run:
         """Return the run itself."""
@@ -212,15 +271,57 @@ class Run:
 
 
 class _Log:
-    """What a run writes to while it goes on."""
+    """What a run writes to while it goes on; `after` a step to go on with what is there."""
+
+    def __init__(self, folder: Path, lock: _Lock, after: int | None = None) -> None:
+        self.lock = lock
+        tables = {"scores": SCORES, "metrics": ("step",), "evaluations": EVALUATIONS}
+        self.scores, self.metrics, self.evaluations = (
+            _fresh_table(folder / f"{name}.csv", columns)
+            if after is None
+            else Table.reopen(folder / f"{name}.csv", after)
+            for name, columns in tables.items()
+        )
+        self.events = Events(folder, after)
+        self.parts = (self.scores, self.metrics, self.evaluations, self.events)
+        means = read_table(folder / "evaluations.csv").get("mean", np.zeros(0))
+        means = means[np.isfinite(means)]
+        self.best: float | None = float(means.max()) if means.size else None
+
+    def close(self) -> None:
+        """Flush and close everything, and let other processes write."""
+        for part in self.parts:
+            part.close()
+        self.lock.close()
+
+
+def _fresh_table(path: Path, columns: Sequence[str]) -> Table:
+    path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+    return Table(path, columns)
+
+
+class _Lock:
+    """One process at a time writes a run; the lock ends with the process at the latest."""
 
     def __init__(self, folder: Path) -> None:
-        self.scores = Table(folder / "scores.csv", SCORES)
-        self.metrics = Table(folder / "metrics.csv", ["step"])
-        self.evaluations = Table(folder / "evaluations.csv", EVALUATIONS)
-        self.events = Events(folder)
-        self.parts = (self.scores, self.metrics, self.evaluations, self.events)
-        self.best: float | None = None
+        self._handle: int | None = None
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        self._handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise UserError(f"{folder} is being written by another process") from None
+        except OSError:
+            pass  # some network file systems lock no folders
+
+    def close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
 
 
 def _warn(line: str) -> None:

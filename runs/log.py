@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from runs.config import UserError
 from runs.disk import write_whole
 
 _NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_./-]*")
@@ -39,6 +40,34 @@ class Table:
         self._file = open(path, "xb")
         self._file.write(_line(self._columns))
         self._file.flush()
+
+    @classmethod
+    def reopen(cls, path: Path, step: int) -> Table:
+        """Continue the file after `step`: rows of later steps, and an unfinished last line, are cut off.
+
+        Raises: UserError if the file is missing or no such table.
+        """
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot continue {path}: {error.strerror or error}") from None
+        header, *lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True) or [b""]
+        table = cls.__new__(cls)
+        table.path, table._columns, table.last_step = path, header.decode().rstrip("\n").split(","), 0
+        end = len(header)
+        try:
+            for line in lines:
+                at = int(line.split(b",", 1)[0])
+                if at > step:
+                    break
+                table.last_step, end = at, end + len(line)
+        except ValueError:
+            raise UserError(f"cannot continue {path}: {line[:40]!r} is no row of it") from None
+        if table._columns[0] != "step":
+            raise UserError(f"cannot continue {path}: its first column is {table._columns[0]!r}, not 'step'")
+        os.truncate(path, end)
+        table._file = open(path, "ab")
+        return table
 
     def check_step(self, step: int) -> None:
         """Raise ValueError if `step` lies before the row written last, or is negative."""
@@ -113,16 +142,42 @@ def cell(value: float) -> str:
 class Events:
     """A TensorBoard event file, written without TensorBoard's background thread (envs may fork)."""
 
-    def __init__(self, folder: Path) -> None:
-        """Create the file, named by time and process."""
+    def __init__(self, folder: Path, after: int | None = None) -> None:
+        """Create the file, named by time and process; or continue the one that is there `after` a step.
+
+        What was written for later steps, and an unfinished last record, are cut off.
+        """
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         protos: Any = event_pb2  # generated at import, unknown to the type checker
         self._event, self._proto, self._record = protos.Event, summary_pb2, RecordWriter
+        there = sorted(folder.glob("events.out.tfevents.*")) if after is not None else []
+        if there:
+            self.path = there[-1]
+            os.truncate(self.path, self._end(self.path.read_bytes(), after or 0))
+            self._file = open(self.path, "ab")
+            return
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()  # of a run that was killed before its first checkpoint
         self.path = folder / f"events.out.tfevents.{int(time.time()):010d}.{os.getpid()}"
         self._file = open(self.path, "xb")
         self._write(self._event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def _end(self, content: bytes, step: int) -> int:
+        """Where the records of steps up to `step` end: each is length (8 bytes), its sum (4), event, its sum (4)."""
+        at = 0
+        while at + 12 <= len(content):
+            end = at + 12 + int.from_bytes(content[at : at + 8], "little") + 4
+            if end > len(content):
+                break
+            try:
+                if self._event.FromString(content[at + 12 : end - 4]).step > step:
+                    break
+            except Exception:  # protobuf's own error types differ between its versions
+                break
+            at = end
+        return at
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write one event with all `values`, at float32 precision."""

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -88,12 +89,45 @@ def test_what_is_saved_is_loaded_and_the_newest_two_are_kept(run):
     assert {"weights.safetensors", "replay/obs.npy", "counters.json"} < set(manifest["files"])
 
 
-def test_loaded_arrays_are_our_own_memory(run):
+def test_a_newer_format_is_refused_even_if_an_older_checkpoint_is_there(run):
+    fake(run, format=2)
+    with pytest.raises(UserError, match="format 2, which needs a newer chordate"):
+        run.load()
+
+
+def test_what_is_loaded_cannot_change_the_files_and_outlives_them(run):
     run.save(1, state())
     loaded = run.load()
-    loaded["replay"]["obs"][:] = 0
+    with pytest.raises(ValueError, match="read-only"):
+        loaded["replay"]["obs"][:] = 0
     loaded["weights"]["half"].zero_()
     assert_same(run.load(), state())
+    loaded = run.load()
+    shutil.rmtree(run.path / "checkpoints")
+    assert_same(loaded, state())
+
+
+def test_unchanged_arrays_are_shared_with_the_checkpoint_before(run):
+    run.save(1, state(1))
+    later = state(2)
+    later["replay"]["obs"] = state(1)["replay"]["obs"]
+    run.save(2, later, {"replay/obs", "replay/none", "replay/new"})
+    first, second = (run.path / "checkpoints" / step / "replay" for step in ("1", "2"))
+    assert (first / "obs.npy").samefile(second / "obs.npy")
+    assert not (first / "size.npy").samefile(second / "size.npy")
+    assert_same(run.load(2), later)
+    shutil.rmtree(run.path / "checkpoints" / "1")
+    assert_same(run.load(), later)
+
+
+def test_what_the_checkpoint_before_lacks_is_written(run):
+    run.save(1, state(1))
+    (run.path / "checkpoints" / "1" / "replay" / "obs.npy").unlink()
+    run.save(2, state(2), {"replay/obs"})
+    assert_same(run.load(), state(2))
+    (run.path / "checkpoints" / "2" / "manifest.json").write_text("{")
+    run.save(3, state(3), {"replay/obs"})
+    assert_same(run.load(), state(3))
 
 
 def test_best_is_replaced_and_the_same_step_can_be_saved_again(run):
@@ -182,7 +216,6 @@ OUTSIDE = [
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2},
         {"format": None},
         {"step": 11},
         {"files": []},
@@ -378,6 +411,6 @@ def test_a_process_killed_at_any_time_leaves_a_whole_checkpoint(tmp_path):
             time.sleep(delay)
             worker.kill()
             said = [int(line) for line in worker.stdout.read().split()]
-        loaded = checkpoint.load_latest(tmp_path / "c", pytest.fail)
+        _, loaded = checkpoint.load_latest(tmp_path / "c", pytest.fail)
         assert loaded["counters"]["steps"] >= max([3, *said])
         assert (loaded["replay"]["a"] == loaded["counters"]["steps"]).all()

@@ -1,0 +1,341 @@
+"""Resume: a run that was killed and goes on ends with the same bits as one that was never disturbed."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import envs
+from agents import resume, train
+from agents.watch import Watch
+from envs import Collector
+from runs import Run, UserError, checkpoint
+
+SMALL = dict(
+    learning_starts=40,
+    batch=8,
+    train_every=4,
+    target_every=7,
+    n_step=2,
+    capacity=300,
+    log_every=30,
+    eval_every=0,
+    final_episodes=1,
+    checkpoint_every=64,
+    threads=1,
+    compile="off",
+    precision="fp32",
+    video=False,
+)
+PIXELS = dict(size=16, net="light", features=16)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing is saved after it."""
+
+
+def killed_at(monkeypatch, step):
+    after = Watch.after
+
+    def dying(self, before, now, episodes, update):
+        after(self, before, now, episodes, update)
+        if before < step <= now:
+            raise Killed
+
+    monkeypatch.setattr(Watch, "after", dying)
+
+
+def rows(path, *timed):
+    """A table without its columns of times."""
+    with open(path, newline="") as file:
+        return [{k: v for k, v in row.items() if k not in timed} for row in csv.DictReader(file)]
+
+
+def assert_same_run(one, other):
+    """Weights, optimiser, replay, envs and logs, bit by bit; times aside."""
+    assert rows(one / "scores.csv", "seconds") == rows(other / "scores.csv", "seconds")
+    speed = ("speed/steps_per_second", "speed/frames_per_second")
+    assert rows(one / "metrics.csv", *speed) == rows(other / "metrics.csv", *speed)
+    assert rows(one / "evaluations.csv", "seconds") == rows(other / "evaluations.csv", "seconds")
+    last = [run / "checkpoints" / str(checkpoint.steps(run / "checkpoints")[-1]) for run in (one, other)]
+    assert last[0].name == last[1].name
+    files = [json.loads((folder / "manifest.json").read_text())["files"] for folder in last]
+    assert files[0].keys() == files[1].keys()
+    differ = [name for name in files[0] if files[0][name] != files[1][name]]
+    assert differ in ([], ["counters.json"])
+    counters = [json.loads((folder / "counters.json").read_text()) for folder in last]
+    for each in counters:
+        for timed in ("seconds", "saving", "first_update"):
+            each.pop(timed)
+    assert counters[0] == counters[1]
+
+
+def interrupted(monkeypatch, tmp_path, env, kill, steps=200, **settings):
+    """The same run twice, undisturbed and killed after `kill` steps; their folders."""
+    settings = {**SMALL, **settings}
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    train("dqn", env, run=whole, steps=steps, preset="none", say=lambda _: None, **settings)
+    with monkeypatch.context() as patch:
+        killed_at(patch, kill)
+        with pytest.raises(Killed):
+            train("dqn", env, run=other, steps=steps, preset="none", say=lambda _: None, **settings)
+    result = resume(other, say=lambda _: None)
+    assert result.summary["steps"] >= steps and result.summary["finished"]
+    return whole, other
+
+
+@pytest.mark.parametrize(
+    ("env", "settings"),
+    [
+        ("CartPole-v1", dict(hidden=(16,))),
+        ("CartPole-v1", dict(hidden=(16,), num_envs=8, alpha=0.6, noisy="factorised", distributional="c51")),
+        ("CartPole-v1", dict(hidden=(16,), vectorization="sync", num_envs=2)),
+        ("CartPole-v1", dict(hidden=(16,), vectorization="async", num_envs=2)),
+        ("FrozenLake-v1", dict(hidden=(16,), num_envs=3)),
+        ("Acrobot-v1", dict(hidden=(16,))),
+        ("chordate/DelayedChain-v0", dict(hidden=(16,), num_envs=2)),
+        ("ALE/Pong-v5", PIXELS),
+        ("ALE/Pong-v5", dict(num_envs=8, alpha=0.5, capacity=3_000, **PIXELS)),
+        ("PongNoFrameskip-v4", dict(num_envs=2, max_frames=60, **PIXELS)),
+        ("ALE/Breakout-v5", dict(num_envs=2, life_loss=True, **PIXELS)),
+        ("ALE/Pong-v5", dict(num_envs=2, obs="ram", hidden=(16,))),
+    ],
+)
+@pytest.mark.parametrize("kill", [150])
+def test_a_killed_run_goes_on_to_the_bit(tmp_path, monkeypatch, env, settings, kill):
+    assert_same_run(*interrupted(monkeypatch, tmp_path, env, kill, **settings))
+
+
+@pytest.mark.parametrize("kill", [1, 63, 64, 127, 199])
+def test_at_any_step(tmp_path, monkeypatch, kill):
+    assert_same_run(*interrupted(monkeypatch, tmp_path, "CartPole-v1", kill, num_envs=1, hidden=(16,)))
+
+
+def test_a_run_may_be_killed_again_and_again(tmp_path, monkeypatch):
+    settings = {**SMALL, "hidden": (16,), "steps": 200, "preset": "none", "say": lambda _: None}
+    train("dqn", "CartPole-v1", run=tmp_path / "whole", **settings)
+    for kill in (30, 70, 90, 140, 140, 199):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killed_at(patch, kill)
+            if kill == 30:
+                train("dqn", "CartPole-v1", run=tmp_path / "other", **settings)
+            resume(tmp_path / "other", say=lambda _: None)
+    resume(tmp_path / "other", say=lambda _: None)
+    assert_same_run(tmp_path / "whole", tmp_path / "other")
+    assert [back["step"] for back in Run.open(tmp_path / "other").origin["resumed"]] == [
+        0,
+        64,
+        64,
+        128,
+        128,
+        192,
+    ]
+
+
+def test_a_signal_leaves_no_trace(tmp_path, monkeypatch):
+    settings = {**SMALL, "hidden": (16,), "steps": 200, "preset": "none", "say": lambda _: None}
+    train("dqn", "CartPole-v1", run=tmp_path / "whole", **settings)
+    after = Watch.after
+
+    def asked(self, before, now, episodes, update):
+        after(self, before, now, episodes, update)
+        self.stop.signal = 15 if now == 101 else 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "after", asked)
+        stopped = train("dqn", "CartPole-v1", run=tmp_path / "other", **settings)
+    assert stopped.signal == 15 and stopped.summary["steps"] == 101 and not stopped.summary["finished"]
+    resume(tmp_path / "other", say=lambda _: None)
+    assert_same_run(tmp_path / "whole", tmp_path / "other")
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path):
+    settings = {**SMALL, "hidden": (16,), "preset": "none", "say": lambda _: None}
+    train("dqn", "CartPole-v1", run=tmp_path / "whole", steps=240, **settings)
+    train("dqn", "CartPole-v1", run=tmp_path / "other", steps=120, **settings)
+    with pytest.raises(UserError, match=r"finished at step 120; give --steps more"):
+        resume(tmp_path / "other")
+    with pytest.raises(UserError, match=r"finished at step 120"):
+        resume(tmp_path / "other", steps=100)
+    resume(tmp_path / "other", steps=240, say=lambda _: None)
+    assert Run.open(tmp_path / "other").config["steps"] == 240
+    one, other = (Run.open(tmp_path / name).load(240) for name in ("whole", "other"))
+    for group in ("weights", "optimizer", "target"):
+        assert all(bool((one[group][name] == other[group][name]).all()) for name in one[group])
+    assert rows(tmp_path / "whole" / "scores.csv", "seconds") == rows(
+        tmp_path / "other" / "scores.csv", "seconds"
+    )
+
+
+@pytest.mark.parametrize("damage", ["flip", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, monkeypatch, damage):
+    settings = {**SMALL, "hidden": (16,), "steps": 200, "preset": "none", "say": lambda _: None}
+    train("dqn", "CartPole-v1", run=tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 150)
+        train("dqn", "CartPole-v1", run=tmp_path / "other", **settings)
+    file = tmp_path / "other" / "checkpoints" / "128" / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.unlink()
+    if damage == "flip":
+        file.write_bytes(content)
+    said = []
+    resume(tmp_path / "other", say=said.append)
+    assert any("128 is not usable" in line and "weights.safetensors" in line for line in said)
+    assert any("128.bad" in line for line in said) and any("resuming at step 64" in line for line in said)
+    assert_same_run(tmp_path / "whole", tmp_path / "other")
+
+
+def test_refuses_what_cannot_go_on(tmp_path, monkeypatch):
+    settings = {**SMALL, "hidden": (16,), "steps": 100, "preset": "none", "say": lambda _: None}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 80)
+        train("dqn", "CartPole-v1", run=tmp_path / "run", **settings)
+    with pytest.raises(UserError, match="no run at"):
+        resume(tmp_path / "none")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+
+    changed = json.loads(json.dumps(config))
+    changed["versions"]["torch"] = "1.0"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(changed))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"--strict: .* torch was 1\.0, is "):
+        resume(tmp_path / "run", strict=True)
+
+    with Run.resume(tmp_path / "run")[0], pytest.raises(UserError, match="being written by another process"):
+        resume(tmp_path / "run", say=lambda _: None)
+
+    shutil.copytree(tmp_path / "run", tmp_path / "bad")
+    (tmp_path / "bad" / "scores.csv").unlink()
+    with pytest.raises(UserError, match=r"cannot continue .*scores\.csv"):
+        resume(tmp_path / "bad", say=lambda _: None)
+
+    newest = tmp_path / "run" / "checkpoints" / "64" / "manifest.json"
+    newest.write_text(newest.read_text().replace('"format": 1', '"format": 99'))
+    with pytest.raises(UserError, match="format 99, which needs a newer chordate"):
+        resume(tmp_path / "run", say=lambda _: None)
+    newest.write_text("{")
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        resume(tmp_path / "run", say=lambda _: None)
+    assert before.keys() <= {path for path in (tmp_path / "run").rglob("*")}
+
+
+def test_changed_versions_are_named(tmp_path, monkeypatch):
+    settings = {**SMALL, "hidden": (16,), "steps": 100, "preset": "none", "say": lambda _: None}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 80)
+        train("dqn", "CartPole-v1", run=tmp_path / "run", **settings)
+    file = tmp_path / "run" / "config.json"
+    changed = json.loads(file.read_text())
+    changed["machine"]["cpu"] = "Difference Engine"
+    file.write_text(json.dumps(changed))
+    said = []
+    assert resume(tmp_path / "run", say=said.append).summary["finished"]
+    assert any(line.startswith("bits may differ") and "cpu was Difference Engine" in line for line in said)
+
+
+def test_without_its_replay_a_run_refills_it(tmp_path, monkeypatch):
+    settings = {**SMALL, "hidden": (16,), "steps": 300, "preset": "none", "say": lambda _: None}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 150)
+        train("dqn", "CartPole-v1", run=tmp_path / "run", save_replay=False, **settings)
+    assert not (tmp_path / "run" / "checkpoints" / "128" / "replay").exists()
+    seen = []
+    after = Watch.after
+
+    def watching(self, before, now, episodes, update):
+        seen.append((before, update is not None))
+        after(self, before, now, episodes, update)
+
+    monkeypatch.setattr(Watch, "after", watching)
+    resume(tmp_path / "run", say=lambda _: None)
+    learned = [step for step, updated in seen if updated]
+    assert seen[0][0] == 128 and 128 + 40 <= learned[0] < 128 + 40 + 4
+
+
+# -- the parts -------------------------------------------------------------------------------------------------------
+
+
+def played(collector, rng, steps):
+    """What a collector gives for random actions."""
+    found = []
+    for _ in range(steps):
+        collector.send(rng.integers(2, size=collector.env.num_envs))
+        step = collector.recv()
+        found.append((step, list(collector.episodes)))
+    return found
+
+
+def assert_same_steps(one, other):
+    for (a, before), (b, after) in zip(one, other, strict=True):
+        assert before == after
+        for left, right in zip(a, b, strict=True):
+            np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "num_envs", "config", "settings"),
+    [
+        ("ALE/Pong-v5", 3, envs.EnvConfig(size=16, max_frames=160), {}),
+        ("PongNoFrameskip-v4", 1, envs.EnvConfig(size=16, max_frames=100), {}),
+        ("ALE/Breakout-v5", 2, envs.EnvConfig(size=16, life_loss=True), {}),
+        ("ALE/Pong-v5", 2, envs.EnvConfig(obs="ram", max_frames=160), {}),
+        ("CartPole-v1", 3, envs.EnvConfig(), {"vectorization": "sync"}),
+        ("CartPole-v1", 3, envs.EnvConfig(), {}),
+        ("Taxi-v4", 2, envs.EnvConfig(), {}),
+    ],
+)
+@pytest.mark.parametrize("every", [15, 10_000])
+def test_a_collector_goes_on_in_another_one(env_id, num_envs, config, settings, every):
+    """With a short `every` the envs are given fresh seeds on the way, before and after."""
+    make = lambda: Collector(  # noqa: E731
+        envs.make(env_id, num_envs, 0, config, **settings), 5, resumable=True, every=every
+    )
+    collector, rng = make(), np.random.default_rng(0)
+    played(collector, rng, 90)
+    state = {name: np.array(value) for name, value in collector.state_dict().items()}
+    fork = np.random.default_rng(1)
+    expected = played(collector, fork, 60)
+    collector.close()
+
+    other = make()
+    played(other, np.random.default_rng(7), 7)  # whatever it did before
+    assert other.load_state_dict(state)
+    assert_same_steps(played(other, np.random.default_rng(1), 60), expected)
+    other.close()
+
+
+def test_a_fresh_seed_comes_only_after_a_long_past():
+    collector = Collector(envs.make("CartPole-v1", 2, 0, vectorization="sync"), 0, resumable=True, every=50)
+    rng, lengths = np.random.default_rng(0), []
+    for _ in range(300):
+        played(collector, rng, 1)
+        lengths.append(collector.state_dict()["env.journal_length"].copy())
+    lengths = np.array(lengths)
+    turned = lengths[1:] < lengths[:-1]
+    assert turned.sum() >= 4 and (lengths[:-1][turned] >= 49).all()
+    assert lengths.max() < 50 + 200  # an episode of random actions is short
+
+
+def test_episodes_restart_where_an_env_cannot_be_rebuilt(tmp_path, monkeypatch):
+    import gymnasium
+
+    gymnasium.register("chordate/Unsteady-v0", lambda: gymnasium.make("CartPole-v1"), nondeterministic=True)
+    try:
+        settings = {**SMALL, "hidden": (16,), "steps": 200, "preset": "none", "num_envs": 2}
+        said = []
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killed_at(patch, 150)
+            train("dqn", "chordate/Unsteady-v0", run=tmp_path / "run", say=said.append, **settings)
+        assert any("its episodes restart when the run is resumed" in line for line in said)
+        state = Run.open(tmp_path / "run").load(128)
+        result = resume(tmp_path / "run", say=said.append)
+        assert result.summary["finished"]
+        flags = Run.open(tmp_path / "run").load(200)["replay"]["flag"]
+        newest = [lane * 150 + (int(count) - 1) % 150 for lane, count in enumerate(state["replay"]["count"])]
+        assert all(flags[slot] in (1, 2) for slot in newest)  # cut where the run was killed, or ended there
+    finally:
+        gymnasium.registry.pop("chordate/Unsteady-v0")
