@@ -1,24 +1,30 @@
 """Deep Q-learning with fixed targets.
 
-    y = R + discount * Q'(s_k, a*)        a* = argmax_a Q(s_k, a) if double, else argmax_a Q'(s_k, a)
+    y = R + discount * Q'(s_k, a*)        a* = argmax_a Q(s_k, a), or argmax_a Q'(s_k, a) if double is off
     L = mean_B w * h(y - Q(s, a))         h = Huber with delta 1, or half the square
 
 R is the n-step return and discount = gamma^k (1 - terminated), both made by the replay; Q' is a copy of Q that
 follows it every `target_every` updates (or by a fraction `tau` of the way).
 
-Parts, each a flag of its own: double; `n_step`; dueling and noisy (agents/heads.py); prioritised replay
-(replay/priority.py, `alpha` > 0), whose weights are w; distributional, in which Q is the mean of a learned distribution
-Z and L = mean_B w * d(R + discount * Z'(s_k, a*), Z(s, a)), d the cross-entropy on fixed atoms (c51) or the quantile
-Huber loss (quantile).
+Parts, each a flag of its own: double, `online` as above, or `twin`: Q' learns too, at each update a fair coin says which
+of the two learns and picks a*, and the other one evaluates it; `n_step`; dueling and noisy (agents/heads.py);
+prioritised replay (replay/priority.py, `alpha` > 0), whose weights are w; distributional, in which Q is the mean of a
+learned distribution Z and L = mean_B w * d(R + discount * Z'(s_k, a*), Z(s, a)), d the cross-entropy on fixed atoms
+(c51) or the quantile Huber loss (quantile).
 
-Source: Mnih et al. 2015, Nature 518, algorithm 1; double: van Hasselt et al. 2016, arXiv 1509.06461, eq. 4; n-step:
-Sutton and Barto 2018, eq. 7.1; all together: Hessel et al. 2018, arXiv 1710.02298.
+With `acting=target` the policy is that of Q': with a small `tau` an average of Q over its last updates, whose noise is
+as large as the differences between good actions.
+
+Source: Mnih et al. 2015, Nature 518, algorithm 1; double: van Hasselt et al. 2016, arXiv 1509.06461, eq. 4; twin: van
+Hasselt 2010, algorithm 1, and course notes 6.2.1; n-step: Sutton and Barto 2018, eq. 7.1; acting=target: Schwarzer et
+al. 2023, arXiv 2305.19452; all together: Hessel et al. 2018, arXiv 1710.02298.
 
 Deviations: (1) Adam instead of RMSProp; (2) double by default; (3) the gradient's norm is clipped, and with
 `loss=huber` the error as well; (4) `train_every` and `updates` count agent steps over all environments, so the
 number of samples learned per step does not depend on the number of environments; (5) noise is drawn once for each
 update, for Q(s, a) and the choice of a* alike, and once for all updates that share a pass of the target net; (6) value
-and advantage share the backbone's dense layer, and only the layers of the head are noisy.
+and advantage share the backbone's dense layer, and only the layers of the head are noisy;
+(7) of twins, Q alone acts.
 """
 
 from __future__ import annotations
@@ -45,6 +51,7 @@ from replay.priority import Priority
 from runs.config import Knob, UserError, check
 
 KINDS = ("off", "c51", "quantile")
+DOUBLE = ("off", "online", "twin")
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,8 @@ class Config:
     learning_starts: Annotated[int, Knob("random steps before the first update", low=1)] = 10_000
     capacity: Annotated[int, Knob("steps the replay holds", low=1)] = 100_000
     n_step: Annotated[int, Knob("rewards summed before bootstrapping", low=1, high=100)] = 1
-    double: Annotated[bool, Knob("the online net picks the next action")] = True
+    double: Annotated[str, Knob("who picks the next action", choices=DOUBLE)] = "online"
+    acting: Annotated[str, Knob("net that acts", choices=("online", "target"))] = "online"
     target_every: Annotated[int, Knob("updates between copies to the target net", low=1)] = 1_000
     tau: Annotated[float, Knob("part of the way the target moves at a copy", above=0, high=1)] = 1.0
     loss: Annotated[str, Knob("of the TD error", choices=("huber", "squared"))] = "huber"
@@ -86,6 +94,8 @@ class Config:
     def __post_init__(self) -> None:
         """Raises: UserError for a value out of range, or a knob whose part is off."""
         check(Config, vars(self))
+        if self.acting == "target" and self.double == "twin":
+            raise UserError("--acting target needs a target net, and with --double twin there is none")
         if self.v_min >= self.v_max:
             raise UserError(f"--v-min {self.v_min:g} must be less than --v-max {self.v_max:g}")
         parts = {
@@ -222,43 +232,71 @@ class DQN:
         self.compute = compute
         self.actions, self._start = int(action_space.n), int(action_space.start)
         config = self.config
-        weights, exploration, noise = seed.spawn(3)
+        weights, exploration, noise, coin = seed.spawn(4)
         self._rng = np.random.default_rng(exploration)
         self._noise = np.random.default_rng(noise) if config.noisy != "off" else None
+        self._coin = np.random.default_rng(coin) if config.double == "twin" else None
         with torch.random.fork_rng(devices=[]):  # torch's initialisers take no generator
             torch.manual_seed(int(weights.generate_state(1, np.uint64)[0] >> 1))
-            backbone = backbones.build(
-                self.backbone or backbones.default(observation_space), observation_space, **self.net
+            self.online = self._net(self.backbone, observation_space)
+            twin = copy.deepcopy(self.backbone)  # a backbone given as an object is there once
+            self.target = (
+                copy.deepcopy(self.online) if self._coin is None else self._net(twin, observation_space)
             )
-            self.online = QNet(
-                backbone,
-                self.actions,
-                atoms=1 if config.distributional == "off" else config.atoms,
-                dueling=config.dueling,
-                noisy=config.noisy,
-                sigma=config.noisy_sigma,
-            ).to(compute.device)
         self._support = torch.linspace(config.v_min, config.v_max, config.atoms, device=compute.device)
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
-        self.optimizer = Adam(
-            (p for p in self.online.parameters() if p.requires_grad),  # a backbone may come frozen
+        self._pupils = [self.online] if self._coin is None else [self.online, self.target]
+        self._optimizers = [self._optimizer(net) for net in self._pupils]
+        if self._coin is None:
+            self.target.requires_grad_(False)
+
+        def graph(pupil: int) -> Callable[..., Any]:
+            def learn(batch: Batch, later: Tensor | None = None) -> Any:
+                return self.learn(batch, later, pupil)
+
+            return guarded_compile(learn, say) if compute.compile else learn
+
+        # one graph for each net that learns, and one that is given the target net's output
+        self._learn, self._learn_given = [graph(pupil) for pupil in range(len(self._pupils))], graph(0)
+        # what is only read holds, in bf16, what autocast would cast the weights to each time
+        self._actor = self._acting = self.target if config.acting == "target" else self.online
+        self._goal: QNet = self.target  # evaluates the next action
+        if compute.precision == "bf16":
+            if config.tau == 1 and self._coin is None:  # else its weights need the digits
+                self.target.backbone.to(torch.bfloat16)
+            self._actor = self._reader(self._acting)
+            if self._coin is None:
+                self._goal = self._actor if config.acting == "target" else self._reader(self.target)
+
+    def _net(self, backbone: str | Backbone, observation_space: spaces.Space[Any]) -> QNet:
+        config = self.config
+        return QNet(
+            backbones.build(backbone or backbones.default(observation_space), observation_space, **self.net),
+            self.actions,
+            atoms=1 if config.distributional == "off" else config.atoms,
+            dueling=config.dueling,
+            noisy=config.noisy,
+            sigma=config.noisy_sigma,
+        ).to(self.compute.device)
+
+    def _optimizer(self, net: QNet) -> Adam:
+        config = self.config
+        return Adam(
+            (p for p in net.parameters() if p.requires_grad),  # a backbone may come frozen
             lr=config.lr,
             lr_end=config.lr_end,
-            decay=max(config.lr_steps // config.train_every * config.updates, 1),
+            decay=max(config.lr_steps // config.train_every * config.updates // len(self._pupils), 1),
             eps=config.adam_eps,
             max_norm=config.max_grad_norm,
         )
-        # one graph that runs the target net, and one that is given its output
-        self._learn, self._learn_given = (
-            guarded_compile(self.learn, say) if compute.compile else self.learn for _ in range(2)
-        )
-        self._actor = self.online
-        if compute.precision == "bf16":
-            # nets that are only read hold what autocast would cast them to each time
-            self._actor = copy.deepcopy(self.target)
-            self._actor.backbone.to(torch.bfloat16)
-            if config.tau == 1:  # a target that creeps needs the digits
-                self.target.backbone.to(torch.bfloat16)
+
+    @staticmethod
+    def _reader(net: QNet) -> QNet:
+        """The net itself if its backbone is in bf16, else a copy of it that is."""
+        if next(net.backbone.parameters()).dtype == torch.bfloat16:
+            return net
+        copied = copy.deepcopy(net).requires_grad_(False)
+        copied.backbone.to(torch.bfloat16)
+        return copied
 
     @property
     def parameters(self) -> int:
@@ -302,24 +340,27 @@ class DQN:
         """See `Agent.probabilities`: 1 for the greedy action."""
         return np.eye(self.actions, dtype=np.float32)[self.values(obs).argmax(axis=1)]
 
-    def loss(self, batch: Batch, later: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def loss(
+        self, batch: Batch, later: Tensor | None = None, pupil: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The loss (), metrics, and each sample's error (B,): TD error, cross-entropy or quantile loss.
 
-        `later` is the target net's output for the successors, where it is known.
+        `later` is the other net's output for the successors, where it is known; `pupil` 1 is the twin.
         """
         config, action = self.config, batch.action - self._start
         kind, support = config.distributional, self._support
+        net, other = (self.online, self._goal) if pupil == 0 else (self.target, self.online)
         with self.compute.autocast():
             with torch.no_grad():
                 if later is None:
-                    later = self.target(batch.next_obs)
+                    later = other(batch.next_obs)
                 assert later is not None
                 next_q = expectation(later, kind, support)  # (B, A)
                 select_q = next_q
-                if config.double:
-                    select_q = expectation(self.online(batch.next_obs), kind, support)
+                if config.double != "off":
+                    select_q = expectation(net(batch.next_obs), kind, support)
                 target = q_target(batch.reward, batch.discount, next_q, select_q)  # (B,)
-            out = self.online(batch.obs)
+            out = net(batch.obs)
         if kind == "off":
             loss, error = td_loss(out, action, target, batch.weight, config.loss == "huber")
         else:
@@ -333,11 +374,15 @@ class DQN:
         q = expectation(out.detach(), kind, support)
         return loss, {"loss/td": loss.detach(), "q/mean": q.mean(), "q/target": target.mean()}, error
 
-    def learn(self, batch: Batch, later: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    def learn(
+        self, batch: Batch, later: Tensor | None = None, pupil: int = 0
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Loss, gradient and one step of Adam, in one graph where it is compiled: metrics, and |error| (B,)."""
-        loss, metrics, error = self.loss(batch, later)
-        norm = self.optimizer.step(torch.autograd.grad(loss, self.optimizer.parameters))
-        copy_weights(self.online, self._actor)
+        optimizer = self._optimizers[pupil]
+        loss, metrics, error = self.loss(batch, later, pupil)
+        norm = optimizer.step(torch.autograd.grad(loss, optimizer.parameters))
+        if pupil == 0 and self._acting is self.online:
+            copy_weights(self.online, self._actor)
         return metrics | {"train/grad_norm": norm}, error.abs()
 
     def update(self, batch: Batch, steps: int = 1) -> Update:
@@ -354,35 +399,46 @@ class DQN:
         metrics: dict[str, Tensor] = {}
         errors: list[Tensor] = []
         while done < steps:
-            now = min(steps - done, self.config.target_every - self.updates % self.config.target_every)
+            now = self._still(steps - done)
             known = self._frozen(batch.next_obs, size, slice(done * size, (done + now) * size))
             for part, later in zip(parts[done : done + now], known, strict=True):
-                self.optimizer.begin()
+                pupil = 0 if self._coin is None else int(self._coin.integers(2))
+                self._optimizers[pupil].begin()
                 if self._noise is not None:
-                    self.online.head.draw(self._noise)
-                metrics, error = self._learn(part) if later is None else self._learn_given(part, later)
+                    for net in self._pupils:
+                        net.head.draw(self._noise)
+                metrics, error = self._learn[pupil](part) if later is None else self._learn_given(part, later)
                 errors.append(error)
             self.updates, done = self.updates + now, done + now
-            if self.updates % self.config.target_every == 0:
+            if self._coin is None and self.updates % self.config.target_every == 0:
                 copy_weights(self.online, self.target, self.config.tau)
+                copy_weights(self.target, self._goal)
         return Update(metrics, errors[0] if steps == 1 else torch.cat(errors))
+
+    def _still(self, most: int) -> int:
+        """How many updates, at most, until the net that evaluates changes."""
+        if self._coin is not None:
+            return 1
+        return min(most, self.config.target_every - self.updates % self.config.target_every)
 
     def _frozen(self, next_obs: Any, size: int, rows: slice) -> Sequence[Tensor | None]:
         """The target net's output for each part in `rows`; that for a single part belongs in its graph."""
-        if self._noise is not None:
-            self.target.head.draw(self._noise)
+        if self._noise is not None and self._coin is None:
+            self._goal.head.draw(self._noise)
         if rows.stop - rows.start == size:
             return [None]
         chosen = {k: v[rows] for k, v in next_obs.items()} if isinstance(next_obs, dict) else next_obs[rows]
         with torch.no_grad(), self.compute.autocast():
-            return self.target(chosen).split(size)
+            return self._goal(chosen).split(size)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """See `Agent.state_dict`."""
+        """See `Agent.state_dict`; `weights` are those of the net that acts, `other` those of the other one."""
+        other = self.online if self._acting is self.target else self.target
         return {
-            "weights": dict(self.online.state_dict()),
-            "target": dict(self.target.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
+            "weights": dict(self._acting.state_dict()),
+            "other": dict(other.state_dict()),
+            "optimizer": self._optimizers[0].state_dict(),
+            **({} if self._coin is None else {"optimizer_twin": self._optimizers[1].state_dict()}),
             "counters": {
                 "updates": self.updates,
                 **{k: v.bit_generator.state for k, v in self._streams().items()},
@@ -391,21 +447,26 @@ class DQN:
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """See `Agent.load_weights`."""
-        self.online.load_state_dict(weights)
-        copy_weights(self.online, self._actor)
+        self._acting.load_state_dict(weights)
+        copy_weights(self._acting, self._actor)
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """See `Agent.load_state_dict`."""
         self.load_weights(state["weights"])
-        self.target.load_state_dict(state["target"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        other = self.online if self._acting is self.target else self.target
+        other.load_state_dict(state["other"])
+        copy_weights(self.target, self._goal)
+        self._optimizers[0].load_state_dict(state["optimizer"])
+        if self._coin is not None:
+            self._optimizers[1].load_state_dict(state["optimizer_twin"])
         self.updates = state["counters"]["updates"]
         for name, stream in self._streams().items():
             stream.bit_generator.state = state["counters"][name]
 
     def _streams(self) -> dict[str, np.random.Generator]:
-        noise = {} if self._noise is None else {"noise": self._noise}
-        return {"exploration": self._rng, **noise}
+        """Everything random, by its name in a checkpoint."""
+        streams = {"exploration": self._rng, "noise": self._noise, "coin": self._coin}
+        return {name: stream for name, stream in streams.items() if stream is not None}
 
 
 def _to(part: Any, device: str) -> Any:

@@ -119,7 +119,7 @@ def test_copy_weights_is_exact_or_goes_part_of_the_way() -> None:
 @pytest.mark.skipif(not compute._can_compile("cpu"), reason="needs a C++ compiler")
 def test_compiled_updates_are_the_eager_ones() -> None:
     """Two agents of one shape that differ in their settings: neither may run on the other's graph."""
-    kinds = (dict(loss="huber", target_every=3), dict(loss="squared", double=False, noisy="factorised"))
+    kinds = (dict(loss="huber", target_every=3), dict(loss="squared", double="off", noisy="factorised"))
     pairs = [
         [built(lr=1e-2, gamma=0.5, compute=Compute("cpu", "fp32", 1, on), **kind) for on in (False, True)]
         for kind in kinds

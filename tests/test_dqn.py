@@ -39,9 +39,9 @@ def test_td_loss_by_hand() -> None:
     assert td_loss(q, action, target, weight, huber=False)[0].item() == pytest.approx((0.125 + 0.5 * 4.5) / 2)
 
 
-@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("double", ["online", "off"])
 @pytest.mark.parametrize("loss", ["huber", "squared"])
-def test_loss_and_gradient_equal_a_hand_written_reference(double: bool, loss: str) -> None:
+def test_loss_and_gradient_equal_a_hand_written_reference(double: str, loss: str) -> None:
     agent = built(double=double, loss=loss, net={"hidden": (8,)})
     with torch.no_grad():  # let target and online differ
         for parameter in agent.target.parameters():
@@ -57,7 +57,7 @@ def test_loss_and_gradient_equal_a_hand_written_reference(double: bool, loss: st
     for i in range(size):
         x, y = batch.obs[i].double().numpy(), batch.next_obs[i].double().numpy()
         target_q = v2 @ np.maximum(v1 @ y + c1, 0) + c2
-        chooser = w2 @ np.maximum(w1 @ y + b1, 0) + b2 if double else target_q
+        chooser = w2 @ np.maximum(w1 @ y + b1, 0) + b2 if double == "online" else target_q
         goal = float(batch.reward[i]) + float(batch.discount[i]) * target_q[np.argmax(chooser)]
         h, a = np.maximum(w1 @ x + b1, 0), int(batch.action[i])
         delta = (w2 @ h + b2)[a] - goal
@@ -114,8 +114,8 @@ def test_adam_is_torchs_adam_with_clipping_and_a_falling_step_size() -> None:
 
 
 @pytest.mark.parametrize("target_every", (1, 3, 100))
-@pytest.mark.parametrize("double", (False, True))
-def test_several_steps_at_once_are_the_same_steps(target_every: int, double: bool) -> None:
+@pytest.mark.parametrize("double", ("off", "online", "twin"))
+def test_several_steps_at_once_are_the_same_steps(target_every: int, double: str) -> None:
     whole, single = (built(target_every=target_every, double=double, lr=1e-2) for _ in range(2))
     batch = batch_of(7 * 8)
     errors = [single.update(Batch(*(leaf[8 * k : 8 * k + 8] for leaf in batch))).priority for k in range(7)]
@@ -202,9 +202,9 @@ def test_the_loop_keeps_the_ratio(num_envs: int) -> None:
 
 # one other value for each knob; a new knob without an entry fails the test below
 OTHER = dict(
-    lr=1e-3, gamma=0.5, batch=16, train_every=2, updates=2, learning_starts=80, capacity=100, n_step=3, double=False,
+    lr=1e-3, gamma=0.5, batch=16, train_every=2, updates=2, learning_starts=80, capacity=100, n_step=3, double="off",
     target_every=7, tau=0.5, loss="squared", max_grad_norm=0.01, adam_eps=0.1, epsilon_start=0.5, epsilon_end=0.5,
-    epsilon_steps=100, clip_reward=True, lr_end=1e-5, lr_steps=400,
+    epsilon_steps=100, clip_reward=True, acting="target", lr_end=1e-5, lr_steps=400,
     dueling="mean", noisy="independent", noisy_sigma=2.0, distributional="quantile", atoms=11, v_min=-3.0, v_max=30.0,
     alpha=0.5, beta_start=0.9, beta_end=0.1, beta_steps=100,
 )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from agents.dqn import c51_target, expectation, pick, quantile_loss
 from agents.heads import Noisy, QHead, duel
 from agents.loop import off_policy
+from backbones.compute import Compute
 from envs import Collector, make
 from replay import Ring
 from replay.priority import Priority
@@ -116,12 +117,12 @@ def test_expectation_and_pick() -> None:
             ("off", "mean", "max", "naive"),
             ("off", "factorised", "independent"),
             ("off", "c51", "quantile"),
-            (0, 1),
+            ("off", "online", "twin"),
         )
     ],
 )
-def test_all_parts_combine(dueling: str, noisy: str, distributional: str, double: int) -> None:
-    knobs = dict(dueling=dueling, noisy=noisy, distributional=distributional, double=bool(double))
+def test_all_parts_combine(dueling: str, noisy: str, distributional: str, double: str) -> None:
+    knobs = dict(dueling=dueling, noisy=noisy, distributional=distributional, double=double)
     agent = built(**knobs, learning_starts=1, epsilon_start=0.0, epsilon_end=0.0, lr=1e-2, target_every=50)
     batch = batch_of(32)
     first = agent.loss(batch)[0].item()
@@ -191,3 +192,86 @@ def test_contradictions_are_refused(knobs: dict[str, object], message: str) -> N
 
 def test_a_plain_head_is_one_linear_layer() -> None:
     assert [name for name, _ in QHead(4, 2).named_parameters()] == ["q.weight", "q.bias"]
+
+
+def test_of_twins_each_is_evaluated_by_the_other() -> None:
+    """Roles swapped: the twin's loss is that of an ordinary agent whose nets are the other way round."""
+    agent, swapped = built(double="twin"), built(double="online")
+    swapped.online.load_state_dict(agent.target.state_dict())
+    swapped.target.load_state_dict(agent.online.state_dict())
+    batch = batch_of(16)
+    assert not torch.equal(agent.online.head.q.weight, agent.target.head.q.weight)  # two nets, not a copy
+    assert agent.loss(batch, pupil=1)[0].item() == swapped.loss(batch)[0].item()
+    assert agent.loss(batch, pupil=0)[0].item() != agent.loss(batch, pupil=1)[0].item()
+
+    # by hand: one sample, values set through the biases of the head
+    for net, bias in ((agent.online, [1.0, 3.0]), (agent.target, [10.0, 20.0])):
+        for parameter in net.parameters():
+            torch.nn.init.zeros_(parameter)
+        net.head.q.bias.data = torch.tensor(bias)
+    one = batch_of(1)._replace(
+        action=torch.tensor([0]),
+        reward=torch.tensor([2.0]),
+        discount=torch.tensor([0.5]),
+        weight=torch.ones(1),
+    )
+    # online learns: a* = 1, y = 2 + 0.5 * 20 = 12, Q = 1; the twin learns: a* = 1, y = 2 + 0.5 * 3 = 3.5, Q = 10
+    assert agent.loss(one, pupil=0)[2].item() == pytest.approx(11.0)
+    assert agent.loss(one, pupil=1)[2].item() == pytest.approx(-6.5)
+
+
+def test_a_fair_coin_says_which_twin_learns() -> None:
+    agent, batch = built(double="twin", lr=1e-3), batch_of(8)
+    learned = [0, 0]
+    for _ in range(200):
+        before = [net.head.q.weight.clone() for net in (agent.online, agent.target)]
+        agent.update(batch)
+        moved = [
+            not torch.equal(a, net.head.q.weight)
+            for a, net in zip(before, (agent.online, agent.target), strict=True)
+        ]
+        assert sum(moved) == 1
+        learned[moved.index(True)] += 1
+    assert 75 < learned[0] < 125  # 3.5 standard deviations
+    assert [optimizer.count for optimizer in agent._optimizers] == learned
+
+
+def test_with_acting_target_the_creeping_net_acts() -> None:
+    agent, batch = built(acting="target", target_every=1, tau=0.25, lr=1e-2), batch_of(8)
+    obs = np.ones((1, 3), np.float32)
+    for _ in range(5):
+        before = [p.clone() for p in agent.target.parameters()]
+        agent.update(batch)
+        for old, new, online in zip(
+            before, agent.target.parameters(), agent.online.parameters(), strict=True
+        ):
+            torch.testing.assert_close(new, old + 0.25 * (online - old))
+    with torch.no_grad():
+        assert np.array_equal(agent.values(obs), agent.target(torch.from_numpy(obs)).numpy())
+        assert not np.array_equal(agent.values(obs), agent.online(torch.from_numpy(obs)).numpy())
+    other = built(1, acting="target", target_every=1, tau=0.25, lr=1e-2)
+    other.load_weights(agent.state_dict()["weights"])
+    assert np.array_equal(agent.values(obs), other.values(obs))
+    with pytest.raises(UserError, match="--acting target needs a target net"):
+        built(acting="target", double="twin")
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.01])
+@pytest.mark.parametrize("acting", ["online", "target"])
+def test_in_bf16_what_is_read_follows_what_learns(tau: float, acting: str) -> None:
+    compute = Compute("cpu", "bf16", 1, False)
+    agent, batch = built(compute=compute, acting=acting, tau=tau, target_every=2, lr=1e-2), batch_of(8)
+    for _ in range(6):
+        agent.update(batch)
+    acts = agent.online if acting == "online" else agent.target
+    for a, b in ((acts, agent._actor), (agent.target, agent._goal)):
+        for x, y in zip(a.parameters(), b.parameters(), strict=True):
+            assert torch.equal(x.to(y.dtype), y)
+    assert next(agent._actor.backbone.parameters()).dtype == torch.bfloat16
+    other = built(1, compute=compute, acting=acting, tau=tau, target_every=2, lr=1e-2)
+    other.load_state_dict(agent.state_dict())
+    for _ in range(3):
+        agent.update(batch)
+        other.update(batch)
+    for x, y in zip(agent._actor.parameters(), other._actor.parameters(), strict=True):
+        assert torch.equal(x, y)

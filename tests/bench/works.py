@@ -16,7 +16,7 @@ PONG = (
         "net": "nature",
         "clip_reward": True,
         "n_step": 1,
-        "double": False,
+        "double": "off",
     }
     | {
         "lr": 1e-4,
@@ -28,7 +28,7 @@ PONG = (
     }
     | {"capacity": 50_000, "epsilon_start": 0.05, "epsilon_end": 0.05}
 )
-CARTPOLE = PRESETS["cartpole"].settings | {"backbone": "mlp", "double": False, "epsilon_start": 0.04}
+CARTPOLE = PRESETS["cartpole"].settings | {"backbone": "mlp", "double": "off", "epsilon_start": 0.04}
 ZOO = {"target_update_interval": 10, "policy_kwargs": {"net_arch": [256, 256]}}
 
 
