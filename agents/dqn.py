@@ -6,7 +6,7 @@
 R is the n-step return and discount = gamma^k (1 - terminated), both made by the replay; Q' is a copy of Q that
 follows it every `target_every` updates (or by a fraction `tau` of the way).
 
-Parts, each a flag of its own: double, `online` as above, or `twin`: Q' learns too, at each update a fair coin says which
+Parts, each a flag of its own: double, `online` as above, or `twin`: Q' learns too, at each update a coin says which
 of the two learns and picks a*, and the other one evaluates it; `n_step`; dueling and noisy (agents/heads.py);
 prioritised replay (replay/priority.py, `alpha` > 0), whose weights are w; distributional, in which Q is the mean of a
 learned distribution Z and L = mean_B w * d(R + discount * Z'(s_k, a*), Z(s, a)), d the cross-entropy on fixed atoms
