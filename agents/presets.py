@@ -26,15 +26,17 @@ PONG = dict(
     size=42,
     net="light",
     norm=True,
-    lr=1e-3,
+    lr=5e-4,
     batch=128,
     train_every=8,
     updates=2,
     learning_starts=5_000,
     capacity=200_000,
     n_step=5,
-    target_every=300,
-    adam_eps=1e-4,
+    target_every=1,
+    tau=0.005,
+    acting="target",
+    adam_eps=1e-6,
     epsilon_end=0.01,
     epsilon_steps=50_000,
     clip_reward=True,
@@ -53,11 +55,11 @@ ATARI = dict(
 PONG_WHY = "found on two cores: runs/reference/README.md"
 PRESETS = {
     "pong": Preset(
-        "dqn", ("ALE/Pong-v*",), PONG | dict(steps=1_500_000, lr_end=1e-4, lr_steps=1_500_000), PONG_WHY
+        "dqn", ("ALE/Pong-v*",), PONG | dict(steps=1_800_000, lr_end=2.5e-5, lr_steps=1_800_000), PONG_WHY
     ),
     # without sticky actions a fifth of the steps will do
     "pong-noframeskip": Preset(
-        "dqn", ("PongNoFrameskip-v*",), PONG | dict(steps=300_000, lr_end=1e-4, lr_steps=300_000), PONG_WHY
+        "dqn", ("PongNoFrameskip-v*",), PONG | dict(steps=400_000, lr_end=2.5e-5, lr_steps=400_000), PONG_WHY
     ),
     "nature": Preset(
         "dqn",
