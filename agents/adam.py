@@ -4,6 +4,8 @@
     m <- m + (1 - b1)(g - m),   v <- b2 v + (1 - b2) g^2
     p <- p - lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps * sqrt(1 - b2^t))
 
+A step whose loss or gradient is not finite is skipped and counted; t counts it too.
+
 torch.optim.Adam computes the same; its fused step cannot be part of a compiled graph, and costs as much as the rest of
 a small net's update.
 Source: Kingma and Ba 2015, arXiv 1412.6980, algorithm 1 in the order of operations that section 2 ends with.
@@ -42,7 +44,11 @@ class Adam:
         self.first = [torch.zeros_like(p) for p in self.parameters]
         self.second = [torch.zeros_like(p) for p in self.parameters]
         self.count = 0  # t
-        self.rate, self.floor = (torch.zeros((), device=self.parameters[0].device) for _ in range(2))
+        device = self.parameters[0].device
+        self.rate, self.floor = (torch.zeros((), device=device) for _ in range(2))
+        self.skipped, self.in_row = (
+            torch.zeros((), device=device) for _ in range(2)
+        )  # in all, since a good one
 
     def begin(self) -> None:
         """Count one more step and set its two factors; call it before each `step`.
@@ -56,15 +62,24 @@ class Adam:
         self.floor.fill_(self.eps * root)
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Move the parameters; returns the norm () of all gradients before clipping."""
+    def step(self, gradients: Sequence[Tensor], loss: Tensor) -> Tensor:
+        """Move the parameters; returns the norm () of all gradients before clipping.
+
+        Where the loss () or the norm is not finite nothing moves, and `skipped` counts it.
+        """
         norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        good = torch.isfinite(norm) & torch.isfinite(loss)
         scale = torch.clamp(self.max_norm / (norm + 1e-6), max=1.0)
+        b1, b2 = (torch.where(good, b, 1.0) for b in (B1, B2))
+        rate = torch.where(good, self.rate, 0.0)
         for p, g, m, v in zip(self.parameters, gradients, self.first, self.second, strict=True):
-            g = g * scale
-            m.lerp_(g, 1 - B1)
-            v.mul_(B2).addcmul_(g, g, value=1 - B2)
-            p.sub_(self.rate * m / (v.sqrt() + self.floor))
+            g = torch.where(good, g * scale, 0.0)
+            m.lerp_(g, 1 - b1)
+            v.mul_(b2).addcmul_(g, g, value=1 - B2)
+            p.sub_(rate * m / (v.sqrt() + self.floor))
+        bad = 1.0 - good.float()
+        self.skipped.add_(bad)
+        self.in_row.add_(bad).mul_(bad)
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -73,7 +88,7 @@ class Adam:
         named = {
             f"{kind}.{i}": tensor for kind, tensors in moments.items() for i, tensor in enumerate(tensors)
         }
-        return {"count": torch.tensor(self.count), **named}
+        return {"count": torch.tensor(self.count), "skipped": self.skipped, "in_row": self.in_row, **named}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -29,6 +29,11 @@ class Agent(Protocol):
         """Numbers that are learned."""
         ...
 
+    @property
+    def skipped_in_row(self) -> int:
+        """Updates skipped since the last good one, because loss or gradient was not finite."""
+        ...
+
     def build(
         self,
         observation_space: spaces.Space[Any],

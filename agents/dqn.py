@@ -303,6 +303,11 @@ class DQN:
         """Numbers in the online net."""
         return sum(parameter.numel() for parameter in self.online.parameters())
 
+    @property
+    def skipped_in_row(self) -> int:
+        """See `Agent.skipped_in_row`."""
+        return int(max(optimizer.in_row for optimizer in self._optimizers))
+
     def initial(self, n: int) -> State:
         """See `Agent.initial`."""
         return self.online.backbone.initial(n)
@@ -380,7 +385,7 @@ class DQN:
         """Loss, gradient and one step of Adam, in one graph where it is compiled: metrics, and |error| (B,)."""
         optimizer = self._optimizers[pupil]
         loss, metrics, error = self.loss(batch, later, pupil)
-        norm = optimizer.step(torch.autograd.grad(loss, optimizer.parameters))
+        norm = optimizer.step(torch.autograd.grad(loss, optimizer.parameters), loss.detach())
         if pupil == 0 and self._acting is self.online:
             copy_weights(self.online, self._actor)
         return metrics | {"train/grad_norm": norm}, error.abs()
@@ -413,6 +418,7 @@ class DQN:
             if self._coin is None and self.updates % self.config.target_every == 0:
                 copy_weights(self.online, self.target, self.config.tau)
                 copy_weights(self.target, self._goal)
+        metrics = {**metrics, "train/skipped": torch.stack([o.skipped for o in self._optimizers]).sum()}
         return Update(metrics, errors[0] if steps == 1 else torch.cat(errors))
 
     def _still(self, most: int) -> int:

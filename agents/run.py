@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agents import AGENTS
-from runs.config import Parser, UserError, pick, read_json
+from runs.config import Parser, RunFailed, UserError, pick, read_json
 
 USAGE = """usage: python -m agents.run AGENT --env ID [flags]
 
@@ -34,6 +34,9 @@ def guarded(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of our output went away
         sys.stderr.close()
         return 1

@@ -47,10 +47,12 @@ class RunConfig:
     vectorization: Annotated[str, Knob("of environments", choices=("auto", "sync", "async", "vector"))] = (
         "auto"
     )
+    env_timeout: Annotated[float, Knob("seconds until an async environment counts as hung", above=0)] = 60.0
     log_every: Annotated[int, Knob("steps between rows of metrics", low=1)] = 1_000
     eval_every: Annotated[int, Knob("steps between evaluations; 0: only at the end", low=0)] = 25_000
     eval_episodes: Annotated[int, Knob("greedy episodes of an evaluation", low=1)] = 10
     final_episodes: Annotated[int, Knob("greedy episodes of the last evaluation", low=1)] = 30
+    max_skipped: Annotated[int, Knob("non-finite updates in a row that end the run", low=1)] = 100
     checkpoint_every: Annotated[int, Knob("steps between checkpoints; 0: only at the end", low=0)] = 100_000
     save_replay: Annotated[bool, Knob("checkpoints hold the replay; else a resumed run refills it")] = True
     video: Annotated[bool, Knob("film an episode at each evaluation for TensorBoard")] = True
@@ -255,7 +257,8 @@ def _train(
 ) -> Result:
     config = chosen.run
     of_agent, of_envs, of_replay, of_evaluation = np.random.SeedSequence(config.seed).spawn(4)
-    env = envs.make(config.env, config.num_envs, config.seed, chosen.env, vectorization=config.vectorization)
+    how: Any = dict(vectorization=config.vectorization, timeout=config.env_timeout)
+    env = envs.make(config.env, config.num_envs, config.seed, chosen.env, **how)
     say(envs.describe(env))
     say(f"preset {settings['preset']}; backbone {settings['backbone']}")
     compute = choose(chosen.compute, image=_sees_image(env), updates=_updates(config, chosen.agent), say=say)

@@ -20,6 +20,7 @@ from agents.evaluate import Evaluator, film
 from envs import Collector, Episode
 from replay import Ring, Update
 from runs import Run, UserError
+from runs.config import RunFailed
 from runs.panel import Panel
 
 FILM_STEPS = 400  # of the film in TensorBoard
@@ -72,6 +73,7 @@ class Watch:
     _films: bool = field(init=False)
     _pending: dict[str, Any] | None = None  # metrics of the newest update that is not yet in the log
     _logged: tuple[int, float] = (0, 0.0)
+    _told: int = 0  # faults of environments that were reported
     saving: float = 0.0  # seconds spent on checkpoints
     _warm: int = WARM_UPDATES  # updates after which the steady rate is measured
     _aside: float = 0.0  # seconds spent evaluating and saving
@@ -98,6 +100,11 @@ class Watch:
             self._returns.append(episode.return_)
             self.panel.update(step, step * self.frame_skip, return_=sum(self._returns) / len(self._returns))
             self.run.episode(step, step * self.frame_skip, self.seconds, episode.return_, episode.length)
+        for at, reason in self.collector.faults[self._told :]:
+            self.panel.say(
+                f"after {at:,} steps of each environment {reason}; started anew, its episode is cut"
+            )
+        self._told = len(self.collector.faults)
         if update is not None:
             self._note_update(step)
             self._pending = update.metrics
@@ -206,7 +213,6 @@ class Watch:
             self.panel.say("the replay was not saved: learning goes on when it is filled again")
         if not rebuilt:
             self.panel.say("the environments could not be rebuilt: their episodes restart")
-            self.replay.cut(self.collector.stood(state["envs"]))
         self.episodes, self.saving = counters["episodes"], counters["saving"]
         self.first_update, self._pending = counters["first_update"], counters["pending"]
         self._returns.extend(counters["returns"])
@@ -231,6 +237,7 @@ class Watch:
             "seconds_to_first_update": self.first_update,
             "steps_per_second": rates,
             "seconds_saving": self.saving,
+            "env_faults": len(self.collector.faults),
             "evaluation": self.evaluation or None,
             "parameters": self.agent.parameters,
             "finished": not self.stopping,
@@ -250,6 +257,11 @@ class Watch:
         now = self.seconds - self._aside
         rate = (step - self._logged[0]) / max(now - self._logged[1], 1e-9)
         self._logged = (step, now)
+        if self.agent.skipped_in_row >= self.config.max_skipped:
+            raise RunFailed(
+                f"at step {step:,} loss or gradient was not finite in {self.agent.skipped_in_row} updates in a row; "
+                "the last checkpoint is from before. A smaller --lr may help"
+            )
         metrics = {name: float(value) for name, value in pending.items()}
         speed = {"speed/steps_per_second": rate, "speed/frames_per_second": rate * self.frame_skip}
         counts = {"train/updates": self.agent.updates, "train/epsilon": self.agent.exploration(step)}

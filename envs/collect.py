@@ -14,8 +14,11 @@ from gymnasium.spaces import Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from envs.journal import EVERY, SEEDED, Journal, Stateful, reset, spread
+from envs.workers import WorkerFault
 from replay.types import Transition
-from runs.config import UserError
+from runs.config import RunFailed, UserError
+
+MOST_FAULTS, FAULT_STEPS = 10, 1_000  # so many failures in so many steps end the run
 
 
 class Episode(NamedTuple):
@@ -63,6 +66,7 @@ class Collector:
         self._returns = np.zeros(env.num_envs, np.float64)
         self._lengths = np.zeros(env.num_envs, np.int64)
         self._waiting: Overlapped | None = env if overlap and isinstance(env, Overlapped) else None
+        self.faults: list[tuple[int, str]] = []  # step and reason of each failure of an environment's process
         self._action: np.ndarray | None = None
         self._result: Any = None
         self._stateful: Stateful | None = env if isinstance(env, Stateful) else None
@@ -84,10 +88,13 @@ class Collector:
         self._action = self._checked(action)
         if self._journal is not None:
             self._journal.note(self._action)
-        if self._waiting is not None:
-            self._waiting.step_async(self._action)
-        elif not self.overlap:
-            self._result = self.env.step(self._action)
+        try:
+            if self._waiting is not None:
+                self._waiting.step_async(self._action)
+            elif not self.overlap:
+                self._result = self.env.step(self._action)
+        except WorkerFault as fault:
+            self._result = self._recover(fault, self._action)
 
     def recv(self) -> Transition:
         """Wait for the step that `send` began.
@@ -146,19 +153,16 @@ class Collector:
         return own | {f"env.{name}": value for name, value in kept.items()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> bool:
-        """Bring the environments back; False if they could not be: then all episodes start anew.
-
-        `obs` is where they stood in the first case, and where they start in the second.
-        """
+        """Bring the environments back; False if they could not be: then all episodes start anew."""
         kept = {name[4:]: value for name, value in state.items() if name.startswith("env.")}
         found: Any = None
         if self._stateful is not None and kept:
             self._stateful.set_state(kept)
-            found = self.stood(state)
+            found = self._stood(state)
         elif self._journal is not None and kept:
             found = self._journal.load_state_dict(kept)
         self.steps = int(state["steps"])
-        stood = [leaf for _, leaf in _leaves(self.stood(state))]
+        stood = [leaf for _, leaf in _leaves(self._stood(state))]
         if found is not None and all(map(np.array_equal, stood, [leaf for _, leaf in _leaves(found)])):
             self.obs, self.first = found, np.array(state["first"])
             self._returns[...], self._lengths[...] = state["returns"], state["lengths"]
@@ -170,7 +174,7 @@ class Collector:
             self._journal = Journal(self.env, seed)
         return False
 
-    def stood(self, state: dict[str, np.ndarray]) -> Any:
+    def _stood(self, state: dict[str, np.ndarray]) -> Any:
         """The observations (N, *S) that a `state_dict` holds."""
         return _filled(self.obs, iter([state[f"obs.{k}"] for k, _ in enumerate(_leaves(self.obs))]))
 
@@ -186,12 +190,44 @@ class Collector:
         self.env.close()
 
     def _wait(self) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        if self._waiting is not None:
-            return self._waiting.step_wait()
         if self._result is not None:
             result, self._result = self._result, None
             return result
-        return self.env.step(self._action)
+        action = self._action
+        assert action is not None
+        try:
+            return self._waiting.step_wait() if self._waiting is not None else self.env.step(action)
+        except WorkerFault as fault:
+            return self._recover(fault, action)
+
+    def _recover(self, fault: WorkerFault, action: np.ndarray) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Rebuild the environments, those that failed from a new seed, and take the step again.
+
+        What the failed ones did in their last step is lost; they take its action in their new first state.
+        Raises: RunFailed if they fail again and again.
+        """
+        workers: Any = self.env.unwrapped
+        lost = fault.rows
+        while True:
+            self.faults.append((self.steps, str(fault)))
+            if len(self.faults) >= MOST_FAULTS and self.faults[-MOST_FAULTS][0] > self.steps - FAULT_STEPS:
+                raise RunFailed(
+                    f"{MOST_FAULTS} failures in {FAULT_STEPS} steps, the last one: {fault}"
+                ) from fault
+            try:
+                workers.rebuild()
+                if self._journal is None:
+                    lost = np.ones(self.env.num_envs, bool)
+                    self.obs = reset(self.env, spread(self._seed, 3)[2] + len(self.faults))
+                else:
+                    self.obs = self._journal.recover(lost)
+                    self._journal.note(action)
+                self._check_obs(self.obs)
+                self.first = self.first | lost
+                self._returns[lost], self._lengths[lost] = 0, 0
+                return self.env.step(action)
+            except WorkerFault as again:
+                fault, lost = again, lost | again.rows
 
     def _finish(self, ended: np.ndarray) -> list[Episode]:
         rows = np.flatnonzero(ended)

@@ -93,12 +93,23 @@ class Journal:
         due = ended & (self._length >= self._every)
         if not np.count_nonzero(due):
             return None
-        self._restarts[due] += 1
-        for row in np.flatnonzero(due):
+        self._reseed(due)
+        return restart(self._env, due, self._seeds)
+
+    def recover(self, lost: np.ndarray) -> Any:
+        """After the env was rebuilt in the middle of a step: start the envs `lost` (N,) anew, bring the others to
+        where that step began, and return the observations (N, *S) there.
+        """
+        self._length = np.maximum(self._length - 1, 0)
+        self._reseed(lost)
+        return self._rebuild()
+
+    def _reseed(self, rows: np.ndarray) -> None:
+        self._restarts[rows] += 1
+        for row in np.flatnonzero(rows):
             words = np.random.SeedSequence([self._seed, int(row), int(self._restarts[row])])
             self._seeds[row] = int(words.generate_state(1)[0]) % (2**31 - 1)
-        self._length[due] = 0
-        return restart(self._env, due, self._seeds)
+        self._length[rows] = 0
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The journal, its actions cut to what is needed."""

@@ -12,11 +12,12 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
 from envs.atari import DEFAULT, Atari, EnvConfig, Game, is_atari, protocol, ram_game, refuse
 from envs.diagnostic import register
 from envs.journal import reset
+from envs.workers import TIMEOUT, Workers
 from runs.config import UserError, check, nearest
 from runs.streams import pack, unpack
 
@@ -31,13 +32,15 @@ def make(
     config: EnvConfig = DEFAULT,
     *,
     vectorization: str = "auto",
+    timeout: float = TIMEOUT,
     say: Callable[[str], None] | None = None,
 ) -> VectorEnv:
     """Make `num_envs` copies of a registered environment, with SAME_STEP autoreset and `info["final_obs"]`.
 
     `auto` takes the native emulator for Atari images, the environment's own vectorised version where there is
-    one, else copies one after the other; `async` puts each copy into a process. `seed` decides the samples of
-    the action space and the first reset that is given no seed. `say` is told what a short id is taken for.
+    one, else copies one after the other; `async` puts each copy into a process, whose silence for `timeout` seconds
+    is a failure. `seed` decides the samples of the action space and the first reset that is given no seed. `say` is
+    told what a short id is taken for.
 
     Raises: UserError for an unknown id, a missing package, a bad count, or a knob that does not apply.
     """
@@ -51,11 +54,11 @@ def make(
         raise UserError(f"vectorization must be one of {', '.join(_MODES)}, got {vectorization!r}.{hint}")
     spec = resolve(env_id, say)
     if is_atari(spec):
-        env = _make_atari(protocol(spec, config), num_envs, seed, vectorization)
+        env = _make_atari(protocol(spec, config), num_envs, seed, vectorization, timeout)
     else:
         names = tuple(field.name for field in dataclasses.fields(EnvConfig))
         refuse(config, names, f"{spec.id}: it is not an Atari game")
-        env = _make_general(spec, full_id(env_id), num_envs, vectorization)
+        env = _make_general(spec, full_id(env_id), num_envs, vectorization, timeout)
         reset(env, seed)
         line = f"{spec.id}: {_shape(env.single_observation_space)} -> {_shape(env.single_action_space)}"
         limit = f", at most {spec.max_episode_steps} steps" if spec.max_episode_steps else ""
@@ -136,13 +139,13 @@ def _known() -> list[str]:
     return names + [re.sub(r"-v\d+$", "", name) for name in names]
 
 
-def _make_atari(game: Game, num_envs: int, seed: int, vectorization: str) -> VectorEnv:
+def _make_atari(game: Game, num_envs: int, seed: int, vectorization: str, timeout: float) -> VectorEnv:
     env: VectorEnv
     if game.ram:
         if vectorization == "vector":
             raise UserError(f"{game.id} with RAM has no vectorised version: choose auto, sync or async")
         one = functools.partial(ram_game, game, _scalar)
-        env = _copies(one, num_envs, vectorization, game.id, "")
+        env = _copies(one, num_envs, vectorization, game.id, "", timeout)
         reset(env, seed)
     elif vectorization in ("sync", "async"):
         raise UserError(f"{game.id} images come from the native vector env: use auto or vector, or --obs ram")
@@ -156,7 +159,7 @@ def _make_atari(game: Game, num_envs: int, seed: int, vectorization: str) -> Vec
     return env
 
 
-def _make_general(spec: EnvSpec, full: str, num_envs: int, vectorization: str) -> VectorEnv:
+def _make_general(spec: EnvSpec, full: str, num_envs: int, vectorization: str, timeout: float) -> VectorEnv:
     if vectorization in ("auto", "vector"):
         env = _own_vectorised(spec, num_envs)
         if env is not None:
@@ -164,7 +167,7 @@ def _make_general(spec: EnvSpec, full: str, num_envs: int, vectorization: str) -
         if vectorization == "vector":
             raise UserError(f"{spec.id} has no vectorised version fit for use: choose sync or async")
     one = functools.partial(_scalar, full)
-    return _copies(one, num_envs, vectorization, spec.id, str(spec.entry_point))
+    return _copies(one, num_envs, vectorization, spec.id, str(spec.entry_point), timeout)
 
 
 def _own_vectorised(spec: EnvSpec, num_envs: int) -> VectorEnv | None:
@@ -183,13 +186,17 @@ def _own_vectorised(spec: EnvSpec, num_envs: int) -> VectorEnv | None:
 
 
 def _copies(
-    one: Callable[[], gymnasium.Env], num_envs: int, vectorization: str, env_id: str, entry_point: str
+    one: Callable[[], gymnasium.Env],
+    num_envs: int,
+    vectorization: str,
+    env_id: str,
+    entry_point: str,
+    timeout: float,
 ) -> VectorEnv:
     ones = [one] * num_envs
     try:
         if vectorization == "async":
-            # not fork: emulator and learner threads would be copied dead
-            return AsyncVectorEnv(ones, autoreset_mode=AutoresetMode.SAME_STEP, context="forkserver")
+            return Workers(ones, timeout)
         return SyncVectorEnv(ones, autoreset_mode=AutoresetMode.SAME_STEP)
     except (ImportError, gymnasium.error.Error) as error:
         raise _mend(env_id, entry_point, error) from None

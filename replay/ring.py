@@ -111,6 +111,8 @@ class Ring:
         self._steps += self.num_envs
         obs, next_obs = self._newest(step.obs), self._newest(step.next_obs)
         fresh = step.first & (self._count > 0)
+        if fresh.any():
+            fresh = self._seal(fresh)
         if fresh.any():  # the episode before ended for good: its last frame gets a slot of its own
             lane = self._lane[fresh]
             slot = self._advance(lane, grown=True)
@@ -153,19 +155,12 @@ class Ring:
         """Set the priorities of samples by their |errors| (B,) since they were drawn; nothing in a uniform replay."""
         if self._tree is None or self.priority is None or error is None:
             return
-        value = self.priority.of(error.cpu().numpy())
-        if not np.isfinite(value).all():
-            raise ValueError("an error that becomes a priority is not finite")
-        self._highest[0] = max(self._highest[0], value.max())
-        self._tree.set(index.numpy(), value)
-
-    def cut(self, obs: Any) -> None:
-        """End all episodes under way from outside: they are truncated at `obs` (N, *S), where they stand."""
-        newest = self._lane * self.slots + (self._count - 1) % self.slots
-        open_ = (self._count > 0) & (self._flag[newest] == 0)
-        self._flag[newest[open_]] = TRUNCATED
-        for name, frames in self._newest(obs).items():
-            self._last[name][open_] = frames[open_]
+        value, slot = self.priority.of(error.cpu().numpy()), index.numpy()
+        finite = np.isfinite(value)
+        if not finite.all():  # of an update that was skipped: these keep what they had
+            value, slot = value[finite], slot[finite]
+        self._highest[0] = max(self._highest[0], value.max(initial=0.0))
+        self._tree.set(slot, value)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Every array that decides what will be sampled, the generator too; views, frames in blocks.
@@ -233,6 +228,19 @@ class Ring:
     def _newest(self, obs: Any) -> dict[str, np.ndarray]:
         leaves = obs if isinstance(obs, dict) else {"": obs}
         return {name: leaf[:, -1] for name, leaf in leaves.items()} if self.stack > 1 else leaves
+
+    def _seal(self, fresh: np.ndarray) -> np.ndarray:
+        """Close episodes whose end was never seen (an environment broke); returns where (N,) it was.
+
+        What the last action led to is unknown: its observation only serves as the last one of a truncated episode.
+        """
+        last = self._lane * self.slots + (self._count - 1) % self.slots
+        broken = fresh & (self._flag[last] == 0)
+        self._flag[last[broken]] = FINAL
+        before = self._lane * self.slots + (self._count - 2) % self.slots
+        open_ = before[broken & (self._count > 1)]
+        self._flag[open_[self._flag[open_] == 0]] = TRUNCATED
+        return fresh & ~broken
 
     def _advance(self, lane: np.ndarray, grown: np.ndarray | bool) -> np.ndarray:
         """Open the next slot of each lane; where `grown`, it continues the episode of the slot before."""

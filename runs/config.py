@@ -24,6 +24,10 @@ class UserError(ValueError):
     """A mistake that the user can mend; the commands print it as one line and exit with code 2."""
 
 
+class RunFailed(RuntimeError):
+    """A run that cannot go on; the commands print it as one line and exit with code 1."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Knob:
     """What a configuration field means and which values it takes.

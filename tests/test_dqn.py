@@ -103,7 +103,7 @@ def test_adam_is_torchs_adam_with_clipping_and_a_falling_step_size() -> None:
     for step in range(20):
         gradients = [torch.randn(p.shape, generator=draw) for p in start]
         adam.begin()
-        norm = adam.step(gradients)
+        norm = adam.step(gradients, torch.zeros(()))
         for p, g in zip(theirs, gradients, strict=True):
             p.grad = g.clone()
         assert torch.nn.utils.clip_grad_norm_(theirs, 1.5).item() == pytest.approx(norm.item())

@@ -134,7 +134,7 @@ def test_which_kind_of_vector_env_is_chosen() -> None:
         assert env.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
         env.close()
     env = make("Acrobot-v1", 2, vectorization="async")
-    assert type(env) is AsyncVectorEnv
+    assert isinstance(env, AsyncVectorEnv)
     env.close()
 
 
