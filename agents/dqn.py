@@ -12,19 +12,25 @@ prioritised replay (replay/priority.py, `alpha` > 0), whose weights are w; distr
 learned distribution Z and L = mean_B w * d(R + discount * Z'(s_k, a*), Z(s, a)), d the cross-entropy on fixed atoms
 (c51) or the quantile Huber loss (quantile).
 
+With `munchausen` > 0 the next state is valued by a softmax policy pi = softmax(Q' / t), t the `temperature`, instead of
+by a*, and the reward grows by how sure pi was of the action taken, which widens the gaps between actions:
+
+    y = R + munchausen * clip(t log pi(a|s), -1, 0) + discount * sum_a' pi(a'|s_k) (Q'(s_k, a') - t log pi(a'|s_k))
+
 With `acting=target` the policy is that of Q': with a small `tau` an average of Q over its last updates, whose noise is
 as large as the differences between good actions.
 
 Source: Mnih et al. 2015, Nature 518, algorithm 1; double: van Hasselt et al. 2016, arXiv 1509.06461, eq. 4; twin: van
-Hasselt 2010, algorithm 1, and course notes 6.2.1; n-step: Sutton and Barto 2018, eq. 7.1; acting=target: Schwarzer et
-al. 2023, arXiv 2305.19452; all together: Hessel et al. 2018, arXiv 1710.02298.
+Hasselt 2010, algorithm 1, and course notes 6.2.1; n-step: Sutton and Barto 2018, eq. 7.1; munchausen: Vieillard et al.
+2020, arXiv 2007.14430, eq. 2; acting=target: Schwarzer et al. 2023, arXiv 2305.19452; all together: Hessel et al.
+2018, arXiv 1710.02298.
 
 Deviations: (1) Adam instead of RMSProp; (2) double by default; (3) the gradient's norm is clipped, and with
 `loss=huber` the error as well; (4) `train_every` and `updates` count agent steps over all environments, so the
 number of samples learned per step does not depend on the number of environments; (5) noise is drawn once for each
 update, for Q(s, a) and the choice of a* alike, and once for all updates that share a pass of the target net; (6) value
 and advantage share the backbone's dense layer, and only the layers of the head are noisy;
-(7) of twins, Q alone acts.
+(7) of twins, Q alone acts; (8) with n steps munchausen adds the term of the first action only.
 """
 
 from __future__ import annotations
@@ -69,6 +75,8 @@ class Config:
     capacity: Annotated[int, Knob("steps the replay holds", low=1)] = 100_000
     n_step: Annotated[int, Knob("rewards summed before bootstrapping", low=1, high=100)] = 1
     double: Annotated[str, Knob("who picks the next action", choices=DOUBLE)] = "online"
+    munchausen: Annotated[float, Knob("part of log pi added to the reward; 0: off", low=0, high=1)] = 0.0
+    temperature: Annotated[float, Knob("of the softmax policy of munchausen", above=0)] = 0.03
     acting: Annotated[str, Knob("net that acts", choices=("online", "target"))] = "online"
     target_every: Annotated[int, Knob("updates between copies to the target net", low=1)] = 1_000
     tau: Annotated[float, Knob("part of the way the target moves at a copy", above=0, high=1)] = 1.0
@@ -103,6 +111,7 @@ class Config:
             "--distributional c51": (self.distributional == "c51", ("v_min", "v_max")),
             "--noisy factorised": (self.noisy == "factorised", ("noisy_sigma",)),
             "--distributional off": (self.distributional == "off", ("loss",)),
+            "--munchausen": (self.munchausen > 0, ("temperature",)),
             "--alpha": (self.alpha > 0, ("beta_start", "beta_end", "beta_steps")),
         }
         for part, (on, names) in parts.items():
@@ -124,6 +133,29 @@ def q_target(reward: Tensor, discount: Tensor, next_q: Tensor, select_q: Tensor)
     """
     best = select_q.argmax(dim=1, keepdim=True)  # (B, 1)
     return (reward + discount * next_q.gather(1, best).squeeze(1)).detach()  # (B,)
+
+
+def munchausen(
+    reward: Tensor,
+    discount: Tensor,
+    later: Tensor,
+    now: Tensor,
+    action: Tensor,
+    part: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """The softmax policy (B, A) for the next state, and the reward (B,) with the two terms of log pi.
+
+    Shapes: reward, discount (B,); later, now (B, A), the target net's values of the successor and of the state;
+    action (B,) in [0, A).
+    Source: Vieillard et al. 2020, arXiv 2007.14430, eq. 2, with the clip of section 4.
+    """
+    log_next = (later / temperature).log_softmax(1)  # (B, A)
+    log_taken = (now / temperature).log_softmax(1).gather(1, action.unsqueeze(1)).squeeze(1)  # (B,)
+    policy = log_next.exp()
+    entropy = -(policy * log_next).sum(1)  # (B,)
+    sure = (temperature * log_taken).clamp(-1.0, 0.0)
+    return policy, reward + part * sure + discount * temperature * entropy
 
 
 def td_loss(q: Tensor, action: Tensor, target: Tensor, weight: Tensor, huber: bool) -> tuple[Tensor, Tensor]:
@@ -361,20 +393,30 @@ class DQN:
                     later = other(batch.next_obs)
                 assert later is not None
                 next_q = expectation(later, kind, support)  # (B, A)
-                select_q = next_q
-                if config.double != "off":
-                    select_q = expectation(net(batch.next_obs), kind, support)
-                target = q_target(batch.reward, batch.discount, next_q, select_q)  # (B,)
+                reward, policy, select_q = batch.reward, None, next_q
+                if config.munchausen:
+                    now_q = expectation(other(batch.obs), kind, support)
+                    terms = (action, config.munchausen, config.temperature)
+                    policy, reward = munchausen(reward, batch.discount, next_q, now_q, *terms)
+                    target = reward + batch.discount * (policy * next_q).sum(1)
+                else:
+                    if config.double != "off":
+                        select_q = expectation(net(batch.next_obs), kind, support)
+                    target = q_target(reward, batch.discount, next_q, select_q)  # (B,)
             out = net(batch.obs)
         if kind == "off":
             loss, error = td_loss(out, action, target, batch.weight, config.loss == "huber")
         else:
-            after, now = pick(later, select_q.argmax(1)), pick(out, action)  # (B, K)
+            spread = later.softmax(2) if kind == "c51" else later  # (B, A, K)
+            after = (
+                pick(spread, select_q.argmax(1)) if policy is None else (policy[:, :, None] * spread).sum(1)
+            )
+            now = pick(out, action)  # (B, K)
             if kind == "c51":
-                goal = c51_target(batch.reward, batch.discount, after.softmax(1), support)
+                goal = c51_target(reward, batch.discount, after, support)
                 each = -(goal * now.log_softmax(1)).sum(1)
             else:
-                each = quantile_loss(now, batch.reward[:, None] + batch.discount[:, None] * after)
+                each = quantile_loss(now, reward[:, None] + batch.discount[:, None] * after)
             loss, error = (batch.weight * each).mean(), each.detach()
         q = expectation(out.detach(), kind, support)
         return loss, {"loss/td": loss.detach(), "q/mean": q.mean(), "q/target": target.mean()}, error
@@ -431,8 +473,9 @@ class DQN:
         """The target net's output for each part in `rows`; that for a single part belongs in its graph."""
         if self._noise is not None and self._coin is None:
             self._goal.head.draw(self._noise)
-        if rows.stop - rows.start == size:
-            return [None]
+        parts = (rows.stop - rows.start) // size
+        if parts == 1 or self.config.munchausen:
+            return [None] * parts
         chosen = {k: v[rows] for k, v in next_obs.items()} if isinstance(next_obs, dict) else next_obs[rows]
         with torch.no_grad(), self.compute.autocast():
             return self._goal(chosen).split(size)

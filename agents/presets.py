@@ -32,7 +32,8 @@ PONG = dict(
     updates=2,
     learning_starts=5_000,
     capacity=200_000,
-    n_step=5,
+    n_step=3,
+    munchausen=0.9,
     target_every=1,
     tau=0.005,
     acting="target",
@@ -55,7 +56,7 @@ ATARI = dict(
 PONG_WHY = "found on two cores: runs/reference/README.md"
 PRESETS = {
     "pong": Preset(
-        "dqn", ("ALE/Pong-v*",), PONG | dict(steps=1_800_000, lr_end=2.5e-5, lr_steps=1_800_000), PONG_WHY
+        "dqn", ("ALE/Pong-v*",), PONG | dict(steps=1_500_000, lr_end=2.5e-5, lr_steps=1_500_000), PONG_WHY
     ),
     # without sticky actions a fifth of the steps will do
     "pong-noframeskip": Preset(

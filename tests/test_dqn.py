@@ -204,12 +204,12 @@ def test_the_loop_keeps_the_ratio(num_envs: int) -> None:
 OTHER = dict(
     lr=1e-3, gamma=0.5, batch=16, train_every=2, updates=2, learning_starts=80, capacity=100, n_step=3, double="off",
     target_every=7, tau=0.5, loss="squared", max_grad_norm=0.01, adam_eps=0.1, epsilon_start=0.5, epsilon_end=0.5,
-    epsilon_steps=100, clip_reward=True, acting="target", lr_end=1e-5, lr_steps=400,
+    epsilon_steps=100, clip_reward=True, acting="target", munchausen=0.9, temperature=0.5, lr_end=1e-5, lr_steps=400,
     dueling="mean", noisy="independent", noisy_sigma=2.0, distributional="quantile", atoms=11, v_min=-3.0, v_max=30.0,
     alpha=0.5, beta_start=0.9, beta_end=0.1, beta_steps=100,
 )  # fmt: skip
 # the part that a knob belongs to
-PARTS = {"noisy_sigma": {"noisy": "factorised"}} | {
+PARTS = {"temperature": {"munchausen": 0.9}, "noisy_sigma": {"noisy": "factorised"}} | {
     **{key: {"distributional": "c51"} for key in ("atoms", "v_min", "v_max")},
     **{key: {"alpha": 0.6} for key in ("beta_start", "beta_end", "beta_steps")},
 }

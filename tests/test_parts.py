@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from agents.dqn import c51_target, expectation, pick, quantile_loss
+from agents.dqn import c51_target, expectation, munchausen, pick, quantile_loss
 from agents.heads import Noisy, QHead, duel
 from agents.loop import off_policy
 from backbones.compute import Compute
 from envs import Collector, make
-from replay import Ring
+from replay import Batch, Ring
 from replay.priority import Priority
 from runs import UserError
 from tests.tools import Quiet, batch_of, built
@@ -275,3 +275,57 @@ def test_in_bf16_what_is_read_follows_what_learns(tau: float, acting: str) -> No
         other.update(batch)
     for x, y in zip(agent._actor.parameters(), other._actor.parameters(), strict=True):
         assert torch.equal(x, y)
+
+
+def test_munchausen_by_hand() -> None:
+    """Two actions with Q' = (0, t log 3) have the policy (1/4, 3/4)."""
+    t, reward, discount = 0.5, torch.tensor([2.0]), torch.tensor([0.9])
+    later = torch.tensor([[0.0, t * np.log(3.0)]], dtype=torch.float32)
+    now = torch.tensor([[t * np.log(4.0), 0.0]], dtype=torch.float32)  # pi = (4/5, 1/5)
+    policy, moved = munchausen(reward, discount, later, now, torch.tensor([1]), 0.9, t)
+    torch.testing.assert_close(policy, torch.tensor([[0.25, 0.75]]))
+    entropy = -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))
+    assert moved.item() == pytest.approx(2.0 + 0.9 * t * np.log(0.2) + 0.9 * t * entropy)
+    # a hopeless action costs no more than `part`
+    far = torch.tensor([[100.0, 0.0]])
+    assert munchausen(reward, discount * 0, later, far, torch.tensor([1]), 0.9, t)[1].item() == pytest.approx(
+        1.1
+    )
+
+
+@pytest.mark.parametrize("distributional", ["off", "c51", "quantile"])
+def test_with_munchausen_the_loss_is_that_of_the_soft_target(distributional: str) -> None:
+    agent = built(munchausen=0.9, temperature=0.2, distributional=distributional, n_step=2)
+    for parameter in agent.target.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    batch, kind, support = batch_of(16), distributional, agent._support
+    q = expectation(agent.target(batch.obs), kind, support)
+    later = agent.target(batch.next_obs)
+    next_q = expectation(later, kind, support)
+    policy, log_policy = (next_q / 0.2).softmax(1), (next_q / 0.2).log_softmax(1)
+    bonus = (0.2 * (q / 0.2).log_softmax(1)[torch.arange(16), batch.action]).clamp(-1, 0)
+    reward = batch.reward + 0.9 * bonus - batch.discount * 0.2 * (policy * log_policy).sum(1)
+    _, metrics, error = agent.loss(batch)
+    expected = reward + batch.discount * (policy * next_q).sum(1)
+    torch.testing.assert_close(metrics["q/target"], expected.mean())
+    if kind == "off":
+        chosen = agent.online(batch.obs)[torch.arange(16), batch.action]
+        torch.testing.assert_close(error, (expected - chosen).detach())
+    elif kind == "quantile":
+        mixed = (policy[:, :, None] * later).sum(1)
+        each = quantile_loss(
+            pick(agent.online(batch.obs), batch.action), reward[:, None] + batch.discount[:, None] * mixed
+        )
+        torch.testing.assert_close(error, each.detach())
+    else:
+        mixed = (policy[:, :, None] * later.softmax(2)).sum(1)
+        goal = c51_target(reward, batch.discount, mixed, support)
+        logits = pick(agent.online(batch.obs), batch.action).log_softmax(1)
+        torch.testing.assert_close(error, -(goal * logits).sum(1).detach())
+    whole, single = (built(munchausen=0.9, lr=1e-2) for _ in range(2))
+    batch = batch_of(32)
+    whole.update(batch, 4)
+    for k in range(4):
+        single.update(Batch(*(leaf[8 * k : 8 * k + 8] for leaf in batch)))
+    for a, b in zip(whole.online.parameters(), single.online.parameters(), strict=True):
+        assert torch.equal(a, b)
