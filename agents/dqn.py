@@ -179,17 +179,21 @@ def c51_target(reward: Tensor, discount: Tensor, probability: Tensor, support: T
     return ((1 - distance).clamp(min=0) * probability[:, None, :]).sum(2)  # (B, K)
 
 
-def quantile_loss(theta: Tensor, target: Tensor) -> Tensor:
-    """Each sample's quantile Huber loss (B,) with threshold 1, summed over theta and averaged over target.
+def midpoints(count: int, like: Tensor) -> Tensor:
+    """The levels (2 k + 1) / 2 K (K,) of the quantiles that are learned; Dabney et al. 2018, lemma 2."""
+    return (torch.arange(count, device=like.device, dtype=like.dtype) + 0.5) / count
 
-    Shapes: theta (B, K), estimates of the quantiles at (2 k + 1) / 2 K; target (B, K'), samples of the return.
+
+def quantile_loss(theta: Tensor, tau: Tensor, target: Tensor, threshold: float = 1.0) -> Tensor:
+    """Each sample's quantile Huber loss (B,), summed over theta and averaged over target.
+
+    Shapes: theta (B, K), estimates of the quantiles at the levels tau (K,) or (B, K); target (B, K'), samples of the
+    return.
     Source: Dabney et al. 2018, arXiv 1710.10044, eq. 9-10 and algorithm 1.
     """
-    count = theta.shape[1]
-    tau = (torch.arange(count, device=theta.device, dtype=theta.dtype) + 0.5) / count  # (K,)
     error = target[:, None, :] - theta[:, :, None]  # (B, K, K')
-    huber = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none")
-    return ((tau[:, None] - (error.detach() < 0).float()).abs() * huber).mean(2).sum(1)
+    huber = F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=threshold)
+    return ((tau[..., None] - (error.detach() < 0).float()).abs() * huber).mean(2).sum(1)
 
 
 def expectation(out: Tensor, kind: str, support: Tensor) -> Tensor:
@@ -416,7 +420,8 @@ class DQN:
                 goal = c51_target(reward, batch.discount, after, support)
                 each = -(goal * now.log_softmax(1)).sum(1)
             else:
-                each = quantile_loss(now, reward[:, None] + batch.discount[:, None] * after)
+                goal = reward[:, None] + batch.discount[:, None] * after
+                each = quantile_loss(now, midpoints(config.atoms, now), goal)
             loss, error = (batch.weight * each).mean(), each.detach()
         q = expectation(out.detach(), kind, support)
         return loss, {"loss/td": loss.detach(), "q/mean": q.mean(), "q/target": target.mean()}, error

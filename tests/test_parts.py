@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents.dqn import c51_target, expectation, munchausen, pick, quantile_loss
+from agents.dqn import c51_target, expectation, midpoints, munchausen, pick, quantile_loss
 from agents.heads import Noisy, QHead, duel
 from agents.loop import off_policy
 from backbones.compute import Compute
@@ -86,7 +86,7 @@ def test_quantile_loss_by_hand() -> None:
     theta, target = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 3.0]])
     # tau = .25, .75; errors of theta_1: .5, 3 (Huber .125, 2.5); of theta_2: -.5, 2 (Huber .125, 1.5)
     expected = 0.25 * (0.125 + 2.5) / 2 + (0.25 * 0.125 + 0.75 * 1.5) / 2
-    assert quantile_loss(theta, target).item() == pytest.approx(expected)
+    assert quantile_loss(theta, midpoints(theta.shape[1], theta), target).item() == pytest.approx(expected)
 
 
 def test_quantile_loss_finds_the_quantiles() -> None:
@@ -96,7 +96,7 @@ def test_quantile_loss_finds_the_quantiles() -> None:
     optimizer = torch.optim.Adam([theta], lr=0.3)
     for _ in range(1_000):
         optimizer.zero_grad()
-        quantile_loss(theta, samples).sum().backward()
+        quantile_loss(theta, midpoints(4, theta), samples).sum().backward()
         optimizer.step()
     np.testing.assert_allclose(theta[0].detach(), [12.5, 37.5, 62.5, 87.5], atol=1.5)
 
@@ -313,9 +313,9 @@ def test_with_munchausen_the_loss_is_that_of_the_soft_target(distributional: str
         torch.testing.assert_close(error, (expected - chosen).detach())
     elif kind == "quantile":
         mixed = (policy[:, :, None] * later).sum(1)
-        each = quantile_loss(
-            pick(agent.online(batch.obs), batch.action), reward[:, None] + batch.discount[:, None] * mixed
-        )
+        now = pick(agent.online(batch.obs), batch.action)
+        goal = reward[:, None] + batch.discount[:, None] * mixed
+        each = quantile_loss(now, midpoints(now.shape[1], now), goal)
         torch.testing.assert_close(error, each.detach())
     else:
         mixed = (policy[:, :, None] * later.softmax(2)).sum(1)
