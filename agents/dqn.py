@@ -52,6 +52,7 @@ from agents.base import State, linear
 from agents.heads import DUELING, NOISY, QHead
 from backbones.base import Backbone
 from backbones.compute import Compute, copy_weights, guarded_compile
+from backbones.dense import FEW
 from replay import Batch, Decision, Update
 from replay.priority import Priority
 from runs.config import Knob, UserError, check
@@ -228,6 +229,13 @@ class QNet(nn.Module):
         """Values of all actions."""
         return self.head(self.backbone(obs)[0])
 
+    def quick(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """`forward` in numpy for a handful of observations, where backbone and head have that form."""
+        features, values = self.backbone.quick(), self.head.quick()
+        if features is None or values is None:
+            return None
+        return lambda obs: values(features(obs))
+
 
 class DQN:
     """The agent; `build` gives it networks, then it can act and learn."""
@@ -279,6 +287,8 @@ class DQN:
             self.target = (
                 copy.deepcopy(self.online) if self._coin is None else self._net(twin, observation_space)
             )
+        if config.epsilon_start == config.epsilon_end == 0 and config.noisy == "off":
+            say("after --learning-starts nothing explores: epsilon is 0 and there is no noise")
         self._support = torch.linspace(config.v_min, config.v_max, config.atoms, device=compute.device)
         self._pupils = [self.online] if self._coin is None else [self.online, self.target]
         self._optimizers = [self._optimizer(net) for net in self._pupils]
@@ -295,13 +305,16 @@ class DQN:
         self._learn, self._learn_given = [graph(pupil) for pupil in range(len(self._pupils))], graph(0)
         # what is only read holds, in bf16, what autocast would cast the weights to each time
         self._actor = self._acting = self.target if config.acting == "target" else self.online
+        self._quick = self._acting.quick() if compute.device == "cpu" else None
         self._goal: QNet = self.target  # evaluates the next action
         if compute.precision == "bf16":
             if config.tau == 1 and self._coin is None:  # else its weights need the digits
                 self.target.backbone.to(torch.bfloat16)
-            self._actor = self._reader(self._acting)
+            if self._quick is None:
+                self._actor = self._reader(self._acting)
             if self._coin is None:
-                self._goal = self._actor if config.acting == "target" else self._reader(self.target)
+                same = config.acting == "target" and self._quick is None
+                self._goal = self._actor if same else self._reader(self.target)
 
     def _net(self, backbone: str | Backbone, observation_space: spaces.Space[Any]) -> QNet:
         config = self.config
@@ -373,6 +386,8 @@ class DQN:
         return self._values(obs)
 
     def _values(self, obs: Any) -> np.ndarray:
+        if self._quick is not None and len(obs) <= FEW:
+            return self._quick(obs)
         with self.compute.acting():
             out = self._actor(_to(obs, self.compute.device))
             return expectation(out, self.config.distributional, self._support).cpu().numpy()

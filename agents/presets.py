@@ -53,6 +53,23 @@ ATARI = dict(
     clip_reward=True,
     eval_every=250_000,
 )
+CONTROL = dict(
+    steps=100_000,
+    lr=6.3e-4,
+    lr_end=6.3e-6,
+    lr_steps=100_000,
+    batch=128,
+    train_every=4,
+    updates=4,
+    learning_starts=1_000,
+    capacity=50_000,
+    target_every=1,
+    tau=0.005,
+    acting="target",
+    epsilon_steps=12_000,
+    hidden=(256, 256),
+    eval_every=10_000,
+)
 PONG_WHY = "found on two cores: runs/reference/README.md"
 PRESETS = {
     "pong": Preset(
@@ -84,6 +101,18 @@ PRESETS = {
             epsilon_end=0.0,
         ),
         "Hessel et al. 2018, table 1; one step is four frames, an update every four steps",
+    ),
+    "acrobot": Preset(
+        "dqn",
+        ("Acrobot-v*",),
+        CONTROL | dict(epsilon_end=0.05),
+        "the zoo's published settings, with a step size that falls and the average of the last updates acting",
+    ),
+    "lunarlander": Preset(
+        "dqn",
+        ("LunarLander-v*",),
+        CONTROL | dict(steps=150_000, lr_steps=150_000, n_step=3, epsilon_end=0.05),
+        "the zoo's published settings with three-step returns, a step size that falls and the average acting",
     ),
     "cartpole": Preset(
         "dqn",

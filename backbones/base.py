@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
@@ -34,6 +36,13 @@ class Backbone(nn.Module, ABC):
         Shapes: obs (B, *S) -> (B, F), or (T, B, *S) -> (T, B, F). Where `first` (B,) or (T, B) is true, the state is
             reset before use.
         """
+
+    def quick(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """`forward` without memory in numpy, obs (B, *S) -> (B, F), for a handful of observations on the CPU.
+
+        It sees every change that is made to the weights in place. None: this net has no such form.
+        """
+        return None
 
     def maps(self, obs: Tensor, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """Feature maps (B, C, H, W) by layer name; all of them if no name is given.

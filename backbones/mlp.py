@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
 from backbones.base import Backbone, State
+from backbones.dense import in_numpy
 from backbones.obs import Encoder
 from runs.config import Knob, UserError, check
 
@@ -53,3 +56,14 @@ class MLP(Backbone):
         parts = [part.flatten(1) for part in (x.image, x.vector) if part is not None]
         flat = parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # (B, D)
         return x.unfold(self.layers(flat)), state
+
+    def quick(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """See `Backbone.quick`; for vectors of floats."""
+        space = self.encoder.space
+        plain = (
+            isinstance(space, spaces.Box)
+            and len(space.shape) == 1
+            and space.dtype in (np.float32, np.float64)
+        )
+        layers = in_numpy(self.layers) if plain else None
+        return None if layers is None else lambda obs: layers(obs.astype(np.float32, copy=False))

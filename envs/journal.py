@@ -79,17 +79,21 @@ class Journal:
         self._seeds = np.array(spread(seed, n))  # (N,) of the last seeded reset
         self._restarts = np.zeros(n, np.int64)  # (N,) seeded resets after the first one
         self._length = np.zeros(n, np.int64)  # (N,) steps since
+        self._most = 0  # at least the longest of them
         self._past = np.zeros((1024, n, *shape), env.single_action_space.dtype)  # (T, N, *A) actions since
 
     def note(self, action: np.ndarray) -> None:
         """Remember the actions (N, *A) about to be taken."""
-        if self._length.max() == len(self._past):
+        if self._most == len(self._past):
             self._past = np.concatenate([self._past, np.zeros_like(self._past)])
         self._past[self._length, self._rows] = action
         self._length += 1
+        self._most += 1
 
     def turn(self, ended: np.ndarray) -> Any:
         """Start those of the envs `ended` (N,) anew whose past is long; their observations, or None if none was."""
+        if self._most < self._every:
+            return None
         due = ended & (self._length >= self._every)
         if not np.count_nonzero(due):
             return None
@@ -110,6 +114,7 @@ class Journal:
             words = np.random.SeedSequence([self._seed, int(row), int(self._restarts[row])])
             self._seeds[row] = int(words.generate_state(1)[0]) % (2**31 - 1)
         self._length[rows] = 0
+        self._most = int(self._length.max())
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The journal, its actions cut to what is needed."""
@@ -129,7 +134,7 @@ class Journal:
             (self._length, "journal_length"),
         ):
             own[...] = state[name]
-        self._past = np.array(state["journal"])
+        self._past, self._most = np.array(state["journal"]), int(self._length.max())
         return self._rebuild()
 
     def _rebuild(self) -> Any:

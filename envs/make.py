@@ -22,6 +22,7 @@ from runs.config import UserError, check, nearest
 from runs.streams import pack, unpack
 
 _CARTPOLE = "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv"
+ENOUGH = 4  # environments, from which a vectorised version is faster than copies one after the other
 _MODES = ("auto", "sync", "async", "vector")
 
 
@@ -38,9 +39,9 @@ def make(
     """Make `num_envs` copies of a registered environment, with SAME_STEP autoreset and `info["final_obs"]`.
 
     `auto` takes the native emulator for Atari images, the environment's own vectorised version where there is
-    one, else copies one after the other; `async` puts each copy into a process, whose silence for `timeout` seconds
-    is a failure. `seed` decides the samples of the action space and the first reset that is given no seed. `say` is
-    told what a short id is taken for.
+    one and several are asked for, else copies one after the other; `async` puts each copy into a process, whose
+    silence for `timeout` seconds is a failure. `seed` decides the samples of the action space and the first reset
+    that is given no seed. `say` is told what a short id is taken for.
 
     Raises: UserError for an unknown id, a missing package, a bad count, or a knob that does not apply.
     """
@@ -160,7 +161,7 @@ def _make_atari(game: Game, num_envs: int, seed: int, vectorization: str, timeou
 
 
 def _make_general(spec: EnvSpec, full: str, num_envs: int, vectorization: str, timeout: float) -> VectorEnv:
-    if vectorization in ("auto", "vector"):
+    if vectorization == "vector" or (vectorization == "auto" and num_envs >= ENOUGH):
         env = _own_vectorised(spec, num_envs)
         if env is not None:
             return env

@@ -119,7 +119,7 @@ class Ring:
             for name, frames in self._frames.items():
                 frames[slot] = self._last[name][lane]
             self._flag[slot] = FINAL
-        slot = self._advance(self._lane, grown=~step.first)
+        slot = self._advance(self._lane, grown=~step.first if self.stack > 1 else True)
         for name, frames in self._frames.items():
             frames[slot] = obs[name]
         self._action[slot] = step.action

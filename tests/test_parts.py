@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 
 from agents.dqn import c51_target, expectation, midpoints, munchausen, pick, quantile_loss
 from agents.heads import Noisy, QHead, duel
@@ -260,7 +262,19 @@ def test_with_acting_target_the_creeping_net_acts() -> None:
 @pytest.mark.parametrize("acting", ["online", "target"])
 def test_in_bf16_what_is_read_follows_what_learns(tau: float, acting: str) -> None:
     compute = Compute("cpu", "bf16", 1, False)
-    agent, batch = built(compute=compute, acting=acting, tau=tau, target_every=2, lr=1e-2), batch_of(8)
+    space = spaces.Box(0, 255, (1, 12, 12), np.uint8)
+    knobs: dict[str, Any] = dict(
+        space=space,
+        backbone="cnn",
+        net={"net": "light", "features": 8},
+        acting=acting,
+        tau=tau,
+        target_every=2,
+        lr=1e-2,
+    )
+    pixels = torch.randint(256, (2, 8, 1, 12, 12), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    agent = built(compute=compute, **knobs)
+    batch = batch_of(8)._replace(obs=pixels[0], next_obs=pixels[1])
     for _ in range(6):
         agent.update(batch)
     acts = agent.online if acting == "online" else agent.target
@@ -268,7 +282,7 @@ def test_in_bf16_what_is_read_follows_what_learns(tau: float, acting: str) -> No
         for x, y in zip(a.parameters(), b.parameters(), strict=True):
             assert torch.equal(x.to(y.dtype), y)
     assert next(agent._actor.backbone.parameters()).dtype == torch.bfloat16
-    other = built(1, compute=compute, acting=acting, tau=tau, target_every=2, lr=1e-2)
+    other = built(1, compute=compute, **knobs)
     other.load_state_dict(agent.state_dict())
     for _ in range(3):
         agent.update(batch)
