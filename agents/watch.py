@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import FrameType
 from typing import Any
 
@@ -17,12 +17,14 @@ import numpy as np
 
 from agents.base import Agent, due
 from agents.evaluate import Evaluator, film
+from backbones.compute import ComputeConfig
 from envs import Collector, Episode
 from replay import Ring, Update
 from runs import Run, UserError
 from runs.panel import Panel
 
 FILM_STEPS = 400  # of the film in TensorBoard
+MAY_CHANGE = ("steps", *(field.name for field in fields(ComputeConfig)))  # settings, when a run is resumed
 WARM_UPDATES = 50  # updates before the steady rate is measured: compilation lies before
 
 
@@ -73,6 +75,8 @@ class Watch:
     _pending: dict[str, Any] | None = None  # metrics of the newest update that is not yet in the log
     _logged: tuple[int, float] = (0, 0.0)
     saving: float = 0.0  # seconds spent on checkpoints
+    saved: int | None = None  # step of the newest checkpoint
+    _refused: bool = False  # whether rows of the logs wait for the disk
     _warm: int = WARM_UPDATES  # updates after which the steady rate is measured
     _aside: float = 0.0  # seconds spent evaluating and saving
     _steady: tuple[int, float] | None = None  # step and learning seconds where the steady rate begins
@@ -101,8 +105,11 @@ class Watch:
         if update is not None:
             self._note_update(step)
             self._pending = update.metrics
-        if due(self.config.log_every, before, step) or step >= self.config.steps:
+        logs = due(self.config.log_every, before, step) or step >= self.config.steps
+        if logs:
             self.log(step)
+        if logs or episodes:
+            self._tell()
         self.panel.update(step, step * self.frame_skip)
         if step >= self.config.steps:  # the end has its own evaluation and checkpoint
             return
@@ -130,6 +137,17 @@ class Watch:
             self._film(step)
         self.panel.update(step, step * self.frame_skip, status="", evaluation=returns.mean())
         self._aside += time.perf_counter() - begun
+
+    def _tell(self) -> None:
+        """Say once that rows of the logs begin to wait for the disk, and once that it took them all."""
+        refused = self.run.refused
+        if refused is not None and not self._refused:
+            self.panel.say(
+                f"the logs cannot be written ({refused.strerror}): training goes on, rows wait in memory"
+            )
+        elif refused is None and self._refused:
+            self.panel.say("the logs can be written again; no row was lost")
+        self._refused = refused is not None
 
     def _keep(self, step: int) -> None:
         state = {"weights": self.agent.state_dict()["weights"], "counters": {"step": step}}
@@ -164,6 +182,7 @@ class Watch:
         try:
             self.run.save(step, self._state(step), {f"replay/{name}" for name in self.replay.unchanged()})
             self.replay.saved()
+            self.saved = step
         except OSError as error:
             self.panel.say(
                 f"checkpoint at step {step:,} failed ({error}); training goes on, the last good one stays"
@@ -188,16 +207,25 @@ class Watch:
         return {
             **state,
             "counters": {**state["counters"], **counters},
+            "settings": self._settings(),
             "envs": self.collector.state_dict(),
             **kept,
         }
 
+    def _settings(self) -> dict[str, Any]:
+        """What config.json must still say when the run is resumed."""
+        kept = {name: value for name, value in self.run.config.items() if name not in MAY_CHANGE}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+
     def restore(self, state: dict[str, dict[str, Any]]) -> None:
         """Go on from where `save` stood: agent, environments, replay and counts.
 
-        Raises: ValueError or KeyError if the state does not fit the settings.
+        Raises: ValueError, TypeError or LookupError if the state does not fit the settings.
         """
-        counters = state["counters"]
+        own, counters = self._settings(), state["counters"]
+        for name, before in state.get("settings", own).items():
+            if own.get(name) != before:
+                raise ValueError(f"{name} was {before!r}, is {own.get(name)!r}")
         self.agent.load_state_dict(state)
         rebuilt = self.collector.load_state_dict(state["envs"])
         if "replay" in state:
@@ -210,6 +238,7 @@ class Watch:
         self.episodes, self.saving = counters["episodes"], counters["saving"]
         self.first_update, self._pending = counters["first_update"], counters["pending"]
         self._returns.extend(counters["returns"])
+        self.saved = counters["step"]
         self.started -= counters["seconds"]
         self._logged = (counters["step"], self.seconds)
         self._warm = self.agent.updates + WARM_UPDATES  # the compiler runs again
@@ -233,7 +262,7 @@ class Watch:
             "seconds_saving": self.saving,
             "evaluation": self.evaluation or None,
             "parameters": self.agent.parameters,
-            "finished": not self.stopping,
+            "finished": not self.stopping and self.saved == step,
         }
 
     def _note_update(self, step: int) -> None:

@@ -100,6 +100,8 @@ class Run:
             if checkpoint.steps(parent):
                 step, state = checkpoint.load_latest(parent, say)
                 rows = state.pop(LOGS, {})
+                if run.finished == step:
+                    rows = {}  # the last evaluation came after the checkpoint, and stays
                 run._base = parent / str(step)
                 for bad in checkpoint.set_aside(parent, step):
                     say(f"kept the unusable checkpoint as {bad}")
@@ -131,6 +133,15 @@ class Run:
         facts = [*versions, ("source", self.origin.get("commit"), now["commit"])]
         facts += [(name, machine.get(name), now["machine"][name]) for name in ("cpu", "system")]
         return [f"{name} was {before}, is {after}" for name, before, after in facts if before != after]
+
+    @property
+    def finished(self) -> int | None:
+        """The step at which the run came to its end, by its summary; None if it has not."""
+        try:
+            facts = read_json(self.path / "summary.json")
+        except UserError:
+            return None
+        return facts.get("steps") if facts.get("finished") is True else None
 
     @property
     def _log(self) -> _Log:

@@ -266,12 +266,10 @@ class Events:
         at = 0
         while at + 12 <= len(content) and self.records != records:
             end = at + 12 + int.from_bytes(content[at : at + 8], "little") + 4
-            if end > len(content):
+            event = content[at + 12 : end - 4]
+            if self._framed(event) != content[at:end]:  # TensorBoard reads no further than to a wrong sum
                 break
-            try:
-                if self._event.FromString(content[at + 12 : end - 4]).step > step:
-                    break
-            except Exception:  # protobuf's own error types differ between its versions
+            if self._event.FromString(event).step > step:
                 break
             at, self.records = end, self.records + 1
         self.lost = (records or self.records) - self.records
@@ -320,10 +318,13 @@ class Events:
         self._write(self._event(wall_time=time.time(), step=step, summary=self._proto.Summary(value=values)))
 
     def _write(self, event) -> None:
-        record = io.BytesIO()
-        self._record(record).write(event.SerializeToString())
         self.records += 1
-        self._queue.add(record.getvalue())
+        self._queue.add(self._framed(event.SerializeToString()))
+
+    def _framed(self, event: bytes) -> bytes:
+        record = io.BytesIO()
+        self._record(record).write(event)
+        return record.getvalue()
 
     def flush(self) -> None:
         """Force the events onto the disk.
