@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -209,12 +210,7 @@ def resume(
             f"{path} was trained on a backbone object: give resume() the agent object it was given"
         )
 
-    def compare(differences: list[str]) -> None:
-        if strict and differences:
-            raise UserError(f"--strict: {path} cannot go on to the bit: {'; '.join(differences)}")
-        for difference in differences:
-            say(f"bits may differ from an undisturbed run: {difference}")
-
+    compare = partial(_compare, path, strict, say)
     compare(opened.differences())
     asked, end = settings["steps"], opened.finished
     if steps is not None:
@@ -244,6 +240,14 @@ def resume(
         raise UserError(f"{path} was trained by {settings['agent']} with other settings than this object's")
 
     return _train(agent, settings, chosen, start, say, begun)
+
+
+def _compare(path: str | Path, strict: bool, say: Callable[[str], None], differences: list[str]) -> None:
+    """Name what can change bits; refuse it if `strict`."""
+    if strict and differences:
+        raise UserError(f"--strict: {path} cannot go on to the bit: {'; '.join(differences)}")
+    for difference in differences:
+        say(f"bits may differ from an undisturbed run: {difference}")
 
 
 Start = tuple[Run, int, dict[str, Any] | None]  # an open run, the step it stands at, and what was saved there

@@ -5,6 +5,7 @@ Nothing here changes what is learned: evaluation has its own environments and dr
 
 from __future__ import annotations
 
+import copy
 import signal
 import threading
 import time
@@ -76,6 +77,7 @@ class Watch:
     _logged: tuple[int, float] = (0, 0.0)
     saving: float = 0.0  # seconds spent on checkpoints
     saved: int | None = None  # step of the newest checkpoint
+    _best: dict[str, Any] | None = None  # the best state, if the disk did not take it yet
     _refused: bool = False  # whether rows of the logs wait for the disk
     _warm: int = WARM_UPDATES  # updates after which the steady rate is measured
     _aside: float = 0.0  # seconds spent evaluating and saving
@@ -128,7 +130,8 @@ class Watch:
         returns = np.array([episode.return_ for episode in episodes])
         self.evaluation = {"mean": returns.mean(), "std": returns.std(), "episodes": len(returns)}
         if self.run.evaluation(step, returns, self.seconds):
-            self._keep(step)
+            self._best = {"weights": self.agent.state_dict()["weights"], "counters": {"step": step}}
+            self._keep()
         self.panel.say(
             f"step {step:,}: greedy return {returns.mean():.2f} +- {returns.std():.2f}, {len(returns)} episodes"
         )
@@ -149,12 +152,17 @@ class Watch:
             self.panel.say("the logs can be written again; no row was lost")
         self._refused = refused is not None
 
-    def _keep(self, step: int) -> None:
-        state = {"weights": self.agent.state_dict()["weights"], "counters": {"step": step}}
+    def _keep(self) -> None:
+        """Save the best state; if the disk refuses, a copy waits for the next checkpoint."""
+        if self._best is None:
+            return
+        step = self._best["counters"]["step"]
         try:
-            self.run.save_best(state)
+            self.run.save_best(self._best, step)
+            self._best = None
         except OSError as error:
-            self.panel.say(f"the best weights (step {step:,}) could not be saved: {error}")
+            self.panel.say(f"the best weights (step {step:,}) could not be saved yet: {error}")
+            self._best = copy.deepcopy(self._best)
 
     def _film(self, step: int) -> None:
         seed = self.evaluator.seed + 1
@@ -179,6 +187,7 @@ class Watch:
     def save(self, step: int) -> None:
         """A checkpoint; a disk that refuses is reported and costs only this one."""
         begun = time.perf_counter()
+        self._keep()
         try:
             self.run.save(step, self._state(step), {f"replay/{name}" for name in self.replay.unchanged()})
             self.replay.saved()

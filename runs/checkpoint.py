@@ -101,7 +101,9 @@ def load(folder: Path, step: int | None = None) -> State:
     except NewerFormat:
         raise
     except Exception as error:  # each parser of a forged file has errors of its own
-        raise CorruptCheckpoint(f"checkpoint {folder} is not usable: {' '.join(str(error).split())}") from error
+        raise CorruptCheckpoint(
+            f"checkpoint {folder} is not usable: {' '.join(str(error).split())}"
+        ) from error
 
 
 def load_latest(parent: Path, say: Callable[[str], None]) -> tuple[int, State]:

@@ -227,11 +227,15 @@ class Run:
         checkpoint.prune(parent, KEEP)
         return folder
 
-    def save_best(self, state: dict[str, Any]) -> Path:
-        """Save `state` as that of the last evaluation, in place of the best before. Return its folder."""
+    def save_best(self, state: dict[str, Any], step: int | None = None) -> Path:
+        """Save `state` as that of `step` (default: of the last evaluation), in place of the best before.
+
+        Returns its folder.
+        """
         from runs import checkpoint
 
-        checkpoint.save(self.path / "best", self._log.evaluations.last_step, state)
+        step = self._log.evaluations.last_step if step is None else step
+        checkpoint.save(self.path / "best", step, state)
         return self.path / "best"
 
     def load(

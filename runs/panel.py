@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -90,7 +91,8 @@ class Panel:
 
     def say(self, line: str) -> None:
         """Print a line above the panel."""
-        self._console.print(self._safe(line), markup=False, highlight=False, soft_wrap=True)
+        with _lenient():
+            self._console.print(self._safe(line), markup=False, highlight=False, soft_wrap=True)
 
     def _show(self) -> None:
         now = self._clock()
@@ -101,7 +103,8 @@ class Panel:
         if self._live is None:
             self.say(self._line())
         else:
-            self._live.update(self._draw(), refresh=True)
+            with _lenient():
+                self._live.update(self._draw(), refresh=True)
 
     def _rates(self) -> tuple[float, float]:
         """Steps and frames a second over the last `WINDOW` seconds; NaN before there is anything to go by."""
@@ -202,6 +205,17 @@ class Panel:
         """The text in what the terminal can encode."""
         encoding = self._console.encoding or "utf-8"
         return text.encode(encoding, "replace").decode(encoding)
+
+
+@contextlib.contextmanager
+def _lenient() -> Iterator[None]:
+    """A run goes on while its output cannot be written, say into a file on a full disk."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # the reader went away for good
+    except OSError:
+        pass
 
 
 def number(value: Any) -> str:

@@ -1,6 +1,5 @@
 """Resume: a run that was killed and goes on ends with the same bits as one that was never disturbed."""
 
-import csv
 import json
 import shutil
 
@@ -11,24 +10,9 @@ import envs
 from agents import resume, train
 from agents.watch import Watch
 from envs import Collector
-from runs import Run, UserError, checkpoint
+from runs import Run, UserError
+from tests.tools import SMALL, assert_same_run, rows
 
-SMALL = dict(
-    learning_starts=40,
-    batch=8,
-    train_every=4,
-    target_every=7,
-    n_step=2,
-    capacity=300,
-    log_every=30,
-    eval_every=0,
-    final_episodes=1,
-    checkpoint_every=64,
-    threads=1,
-    compile="off",
-    precision="fp32",
-    video=False,
-)
 PIXELS = dict(size=16, net="light", features=16)
 
 
@@ -45,31 +29,6 @@ def killed_at(monkeypatch, step):
             raise Killed
 
     monkeypatch.setattr(Watch, "after", dying)
-
-
-def rows(path, *timed):
-    """A table without its columns of times."""
-    with open(path, newline="") as file:
-        return [{k: v for k, v in row.items() if k not in timed} for row in csv.DictReader(file)]
-
-
-def assert_same_run(one, other):
-    """Weights, optimiser, replay, envs and logs, bit by bit; times aside."""
-    assert rows(one / "scores.csv", "seconds") == rows(other / "scores.csv", "seconds")
-    speed = ("speed/steps_per_second", "speed/frames_per_second")
-    assert rows(one / "metrics.csv", *speed) == rows(other / "metrics.csv", *speed)
-    assert rows(one / "evaluations.csv", "seconds") == rows(other / "evaluations.csv", "seconds")
-    last = [run / "checkpoints" / str(checkpoint.steps(run / "checkpoints")[-1]) for run in (one, other)]
-    assert last[0].name == last[1].name
-    files = [json.loads((folder / "manifest.json").read_text())["files"] for folder in last]
-    assert files[0].keys() == files[1].keys()
-    differ = [name for name in files[0] if files[0][name] != files[1][name]]
-    assert differ in ([], ["counters.json"])
-    counters = [json.loads((folder / "counters.json").read_text()) for folder in last]
-    for each in counters:
-        for timed in ("seconds", "saving", "first_update"):
-            each.pop(timed)
-    assert counters[0] == counters[1]
 
 
 def interrupted(monkeypatch, tmp_path, env, kill, steps=200, **settings):
