@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import os
 import re
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -189,10 +191,18 @@ def _copies(
     try:
         if vectorization == "async":
             # not fork: emulator and learner threads would be copied dead
+            ones = [functools.partial(_deaf, one, os.getpid())] * num_envs
             return AsyncVectorEnv(ones, autoreset_mode=AutoresetMode.SAME_STEP, context="forkserver")
         return SyncVectorEnv(ones, autoreset_mode=AutoresetMode.SAME_STEP)
     except (ImportError, gymnasium.error.Error) as error:
         raise _mend(env_id, entry_point, error) from None
+
+
+def _deaf(one: Callable[[], gymnasium.Env], parent: int) -> gymnasium.Env:
+    """Make an env; Ctrl-C, which a terminal sends to all processes, is left to the parent."""
+    if os.getpid() != parent:  # gymnasium makes one env in the parent, too
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return one()
 
 
 def _mend(env_id: str, entry_point: str, error: Exception) -> UserError:

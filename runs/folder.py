@@ -53,12 +53,14 @@ class Run:
         record = {"config": dict(config), **origin()}
         try:
             folder = _claim(Path(path).expanduser()) if path is not None else _fresh(Path(root), config)
-            lock = _Lock(folder)
-            if (folder / CONFIG).exists():  # of two commands given the same new --run, one is told here
-                lock.close()
-                raise UserError(_taken(path))
-            write_whole(folder / CONFIG, json_text(record).encode())
-            return cls(folder, record, _Log(folder, lock))
+            with contextlib.ExitStack() as opened:
+                lock = opened.enter_context(contextlib.closing(_Lock(folder)))
+                if (folder / CONFIG).exists():  # of two commands given the same new --run, one is told here
+                    raise UserError(_taken(path))
+                write_whole(folder / CONFIG, json_text(record).encode())
+                run = cls(folder, record, _Log(folder, lock))
+                opened.pop_all()
+            return run
         except OSError as error:
             raise UserError(f"cannot write a run to {path or root}: {error.strerror or error}") from error
 
@@ -318,16 +320,22 @@ class _Log:
     def __init__(
         self, folder: Path, lock: _Lock, after: int | None = None, rows: Mapping[str, int] | None = None
     ) -> None:
-        self.lock, rows = lock, rows or {}
-        tables = {"scores": SCORES, "metrics": ("step",), "evaluations": EVALUATIONS}
-        self.scores, self.metrics, self.evaluations = (
-            _fresh_table(folder / f"{name}.csv", columns)
-            if after is None
-            else Table.reopen(folder / f"{name}.csv", columns, after, rows.get(name))
-            for name, columns in tables.items()
-        )
-        self.events = Events(folder, after, rows.get("events"))
-        self.parts = (self.scores, self.metrics, self.evaluations, self.events)
+        rows = rows or {}
+
+        def table(name: str, columns: Sequence[str]) -> Table:
+            path = folder / f"{name}.csv"
+            if after is not None:
+                return Table.reopen(path, columns, after, rows.get(name))
+            path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+            return Table(path, columns)
+
+        with contextlib.ExitStack() as opened:
+            self.scores = opened.enter_context(contextlib.closing(table("scores", SCORES)))
+            self.metrics = opened.enter_context(contextlib.closing(table("metrics", ("step",))))
+            self.evaluations = opened.enter_context(contextlib.closing(table("evaluations", EVALUATIONS)))
+            self.events = opened.enter_context(contextlib.closing(Events(folder, after, rows.get("events"))))
+            opened.pop_all()  # a file that cannot be continued does not leave the others open
+        self.lock, self.parts = lock, (self.scores, self.metrics, self.evaluations, self.events)
         means = read_table(folder / "evaluations.csv").get("mean", np.zeros(0))
         means = means[np.isfinite(means)]
         self.best: float | None = float(means.max()) if means.size else None
@@ -343,11 +351,6 @@ class _Log:
         with contextlib.ExitStack() as stack:  # one that fails does not leave the others open
             for part in (self.lock, *self.parts):
                 stack.callback(part.close)
-
-
-def _fresh_table(path: Path, columns: Sequence[str]) -> Table:
-    path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
-    return Table(path, columns)
 
 
 class _Lock:

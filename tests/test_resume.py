@@ -215,6 +215,85 @@ def test_without_its_replay_a_run_refills_it(tmp_path, monkeypatch):
     assert seen[0][0] == 128 and 128 + 40 <= learned[0] < 128 + 40 + 4
 
 
+def ends(path):
+    """A run killed in its last evaluation, after everything was saved."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "summary", killed_now)
+        train("dqn", "CartPole-v1", run=path, **CARTPOLE)
+
+
+def killed_now(*_):
+    raise Killed
+
+
+CARTPOLE = {**SMALL, "hidden": (16,), "steps": 100, "preset": "none", "say": lambda _: None}
+
+
+def test_a_run_killed_in_its_last_evaluation_goes_on(tmp_path):
+    train("dqn", "CartPole-v1", run=tmp_path / "whole", **CARTPOLE)
+    ends(tmp_path / "other")
+    assert len(rows(tmp_path / "other" / "evaluations.csv")) == 1
+    assert resume(tmp_path / "other", say=lambda _: None).summary["finished"]
+    assert_same_run(tmp_path / "whole", tmp_path / "other")
+
+
+def test_a_finished_run_is_not_touched(tmp_path):
+    train("dqn", "CartPole-v1", run=tmp_path / "run", **CARTPOLE)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="is finished at step 100; give --steps more"):
+        resume(tmp_path / "run", say=lambda _: None)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    resume(tmp_path / "run", steps=150, say=lambda _: None)
+    assert [row["step"] for row in rows(tmp_path / "run" / "evaluations.csv")] == ["100", "150"]
+
+
+def test_a_run_that_is_further_than_asked_for_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 80)
+        train("dqn", "CartPole-v1", run=tmp_path / "run", **CARTPOLE)
+    with pytest.raises(UserError, match="is at step 64 already; give --steps more"):
+        resume(tmp_path / "run", steps=50, say=lambda _: None)
+    assert resume(tmp_path / "run", say=lambda _: None).summary["finished"]
+
+
+def test_a_changed_config_is_named(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 80)
+        train("dqn", "CartPole-v1", run=tmp_path / "run", **CARTPOLE)
+    file = tmp_path / "run" / "config.json"
+    record = json.loads(file.read_text())
+    for name, value in {"gamma": 0.5, "seed": 7, "hidden": [17], "num_envs": 3}.items():
+        file.write_text(json.dumps({**record, "config": {**record["config"], name: value}}))
+        with pytest.raises(UserError, match=rf"does not fit its config.json: {name} was .*, is ") as caught:
+            resume(tmp_path / "run", say=lambda _: None)
+        assert "\n" not in str(caught.value)
+    file.write_text(json.dumps(record))
+    assert resume(tmp_path / "run", say=lambda _: None).summary["finished"]
+
+
+def test_what_a_kill_left_in_the_run_folder_is_cleaned(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 80)
+        train("dqn", "CartPole-v1", run=tmp_path / "run", **CARTPOLE)
+    (tmp_path / "run" / ".partial-best-1-abc").mkdir()
+    (tmp_path / "run" / ".partial-best-1-abc" / "weights.safetensors").write_text("")
+    (tmp_path / "run" / ".partial-config.json-1-abc").write_text("{")
+    resume(tmp_path / "run", say=lambda _: None)
+    assert not list((tmp_path / "run").rglob(".partial-*"))
+
+
+def test_a_full_disk_at_the_end_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "summary.json")
+
+    monkeypatch.setattr(Run, "summary", full)
+    with pytest.raises(UserError, match=r"could not be written .*--resume makes it again from step 100"):
+        train("dqn", "CartPole-v1", run=tmp_path / "run", **CARTPOLE)
+    monkeypatch.undo()
+    assert resume(tmp_path / "run", say=lambda _: None).summary["finished"]
+    assert len(rows(tmp_path / "run" / "evaluations.csv")) == 1
+
+
 # -- the parts -------------------------------------------------------------------------------------------------------
 
 

@@ -111,6 +111,13 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_what_a_kill_at_the_start_left_is_no_obstacle(tmp_path):
+    (tmp_path / ".partial-config.json-1-abc").write_text("{")
+    Run.create(CONFIG, path=tmp_path).close()
+    Run.resume(tmp_path)[0].close()
+    assert not list(tmp_path.glob(".partial*"))
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
 def test_an_unwritable_folder_is_one_line(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
@@ -131,9 +138,10 @@ def test_open_says_what_is_there_instead(tmp_path):
     Run.create(CONFIG, path=tmp_path / "deep" / "second").close()
     with pytest.raises(UserError, match="2 below it"):
         Run.open(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot read"):
-        Run.open(tmp_path)
+    for content in (b"{", b"\xff", b"[" * 100_000, b'{"a": ' + b"9" * 5_000 + b"}"):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(UserError, match="cannot read"):
+            Run.open(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="does not describe a run"):
         Run.open(tmp_path)

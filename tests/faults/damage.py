@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import zipfile
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,8 @@ def bombs(marker: Path) -> dict[str, bytes]:
     }
 
 
-def check_bombs(run: Path, folder: Path) -> str:
-    """Put a bomb into each file of a checkpoint, with a manifest that agrees."""
+def check_bombs(run: Path, folder: Path, shapes: Collection[str] = ("pickle", "text", "npy", "zip")) -> str:
+    """Put a bomb of each shape into each file of a checkpoint, with a manifest that agrees."""
     marker = folder / "exploded"
     with tempfile.TemporaryDirectory() as elsewhere:  # the bomb is a real one
         pickle.loads(pickle.dumps(Bomb(Path(elsewhere) / "exploded")))
@@ -157,7 +158,7 @@ def check_bombs(run: Path, folder: Path) -> str:
     done = 0
     for path in files(newest):
         name = path.relative_to(newest).as_posix()
-        for bomb in bombs(marker).values():
+        for bomb in map(bombs(marker).__getitem__, shapes):
             trial = copied(parent, folder / "trial")
             target = trial / newest.name
             put(target / name, bomb, shared=False)

@@ -51,7 +51,7 @@ SHARE = 0.6  # of the run that is done when all kills are
 
 def check(folder: Path, kills: int, seed: int) -> str:
     """Kill and resume one run `kills` times; the figures. Raises: AssertionError if its end differs."""
-    rng, steps = np.random.default_rng(seed), STEPS_PER_KILL * max(kills, 10)
+    rng, steps = np.random.default_rng(seed), STEPS_PER_KILL * max(kills, 5)
     whole, other, log = folder / "whole", folder / "other", folder / "output.txt"
     settings = {**SETTINGS, "steps": steps}
     begun = time.perf_counter()
