@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -91,8 +90,12 @@ class Panel:
 
     def say(self, line: str) -> None:
         """Print a line above the panel."""
-        with _lenient():
+        try:
             self._console.print(self._safe(line), markup=False, highlight=False, soft_wrap=True)
+        except BrokenPipeError:
+            raise  # the reader went away for good
+        except OSError:
+            pass  # a run goes on if its output is, say, a file on a full disk
 
     def _show(self) -> None:
         now = self._clock()
@@ -103,8 +106,7 @@ class Panel:
         if self._live is None:
             self.say(self._line())
         else:
-            with _lenient():
-                self._live.update(self._draw(), refresh=True)
+            self._live.update(self._draw(), refresh=True)
 
     def _rates(self) -> tuple[float, float]:
         """Steps and frames a second over the last `WINDOW` seconds; NaN before there is anything to go by."""
@@ -205,17 +207,6 @@ class Panel:
         """The text in what the terminal can encode."""
         encoding = self._console.encoding or "utf-8"
         return text.encode(encoding, "replace").decode(encoding)
-
-
-@contextlib.contextmanager
-def _lenient() -> Iterator[None]:
-    """A run goes on while its output cannot be written, say into a file on a full disk."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise  # the reader went away for good
-    except OSError:
-        pass
 
 
 def number(value: Any) -> str:

@@ -1,5 +1,6 @@
 """The live panel and its plain form."""
 
+import errno
 import io
 
 import pytest
@@ -139,3 +140,23 @@ def test_numbers_for_people():
         "text",
     ]
     assert duration(3725.9) == "1:02:05"
+
+
+class Full(io.StringIO):
+    """Output into a file on a full disk, or to a reader who went away."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+def test_output_that_cannot_be_written_ends_no_run():
+    error = OSError(errno.ENOSPC, "No space left on device")
+    with Panel("t", 10, console=Console(file=Full(error))) as panel:
+        panel.say("a line")
+        panel.update(5, 5)
+    with pytest.raises(BrokenPipeError):
+        Panel("t", 10, console=Console(file=Full(BrokenPipeError()))).say("a line")

@@ -413,3 +413,12 @@ def test_summary_is_strict_json_and_replaced_in_one_step(tmp_path, monkeypatch):
         assert not list(run.path.glob(".partial*"))
         with pytest.raises(TypeError, match="cannot write a object"):
             run.summary({"bad": object()})
+
+
+def test_a_new_column_is_there_once_even_if_its_folder_cannot_be_synced(tmp_path, monkeypatch):
+    table = Table(tmp_path / "metrics.csv", ["step"])
+    monkeypatch.setattr("runs.disk.sync_folder", full)
+    for step in (1, 2):
+        table.append(step, {"a": str(step)})
+    table.close()
+    assert (tmp_path / "metrics.csv").read_text() == "step,a\n1,1\n2,2\n"
