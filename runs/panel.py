@@ -92,8 +92,6 @@ class Panel:
         """Print a line above the panel."""
         try:
             self._console.print(self._safe(line), markup=False, highlight=False, soft_wrap=True)
-        except BrokenPipeError:
-            raise  # the reader went away for good
         except OSError:
             pass  # a run goes on if its output is, say, a file on a full disk
 

@@ -143,20 +143,13 @@ def test_numbers_for_people():
 
 
 class Full(io.StringIO):
-    """Output into a file on a full disk, or to a reader who went away."""
-
-    def __init__(self, error):
-        super().__init__()
-        self.error = error
+    """Output into a file on a full disk."""
 
     def write(self, text):
-        raise self.error
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_output_that_cannot_be_written_ends_no_run():
-    error = OSError(errno.ENOSPC, "No space left on device")
-    with Panel("t", 10, console=Console(file=Full(error))) as panel:
+    with Panel("t", 10, console=Console(file=Full())) as panel:
         panel.say("a line")
         panel.update(5, 5)
-    with pytest.raises(BrokenPipeError):
-        Panel("t", 10, console=Console(file=Full(BrokenPipeError()))).say("a line")
