@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from agents import resume, train
-from runs import checkpoint
+from runs import Run, checkpoint
 from runs.disk import PARTIAL
 from tests.faults.tools import latest
 from tests.tools import assert_same_run
@@ -66,7 +66,8 @@ def check(folder: Path, kills: int, seed: int) -> str:
     saving = early = 0
     for number in range(kills):
         process = forked(lambda: life(other, settings), log)
-        time.sleep(float(rng.uniform(0, most)))
+        # the first lives are short: what a start leaves half-done comes only there
+        time.sleep(float(rng.uniform(0, most if number >= kills // 20 else 1.5 * loading)))
         os.kill(process, signal.SIGKILL)
         assert wait(process) == -signal.SIGKILL, f"ended before kill {number + 1}:\n{log.read_text()[-3000:]}"
         parent = other / "checkpoints"
@@ -75,11 +76,12 @@ def check(folder: Path, kills: int, seed: int) -> str:
         if checkpoint.steps(parent):
             latest(other)  # whatever is visible is whole
     reached = latest(other) if checkpoint.steps(other / "checkpoints") else 0
+    starting = kills - len(Run.open(other).origin.get("resumed", []))
     assert wait(forked(lambda: life(other, settings), log)) == 0, log.read_text()[-3000:]
     assert_same_run(whole, other)
     return (
-        f"{kills} kills in {steps:,} steps, {saving} inside a save, {early} before the first checkpoint, "
-        f"the last one after step {reached:,}; final bits equal"
+        f"{kills} kills in {steps:,} steps, {saving} inside a save, {starting} while starting, {early} before the first "
+        f"checkpoint, the last one after step {reached:,}; final bits equal"
     )
 
 
