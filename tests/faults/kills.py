@@ -57,6 +57,7 @@ def check(folder: Path, kills: int, seed: int) -> str:
     begun = time.perf_counter()
     process = forked(lambda: train("dqn", run=whole, **settings), log)
     while not (whole / "scores.csv").exists():
+        assert time.perf_counter() - begun < 300, log.read_text()
         time.sleep(0.001)
     loading = time.perf_counter() - begun
     assert wait(process) == 0, log.read_text()
@@ -80,8 +81,8 @@ def check(folder: Path, kills: int, seed: int) -> str:
     assert wait(forked(lambda: life(other, settings), log)) == 0, log.read_text()[-3000:]
     assert_same_run(whole, other)
     return (
-        f"{kills} kills in {steps:,} steps, {saving} inside a save, {starting} while starting, {early} before the first "
-        f"checkpoint, the last one after step {reached:,}; final bits equal"
+        f"{kills} kills in {steps:,} steps, {saving} inside a save, {starting} while starting, {early} before the "
+        f"first checkpoint, the last one after step {reached:,}; final bits equal"
     )
 
 
