@@ -78,6 +78,7 @@ class Watch:
     saving: float = 0.0  # seconds spent on checkpoints
     saved: int | None = None  # step of the newest checkpoint
     _best: dict[str, Any] | None = None  # the best state, if the disk did not take it yet
+    _owed: bool = False  # whether a signal cut off an evaluation, which a resumed run begins with
     _refused: bool = False  # whether rows of the logs wait for the disk
     _warm: int = WARM_UPDATES  # updates after which the steady rate is measured
     _aside: float = 0.0  # seconds spent evaluating and saving
@@ -125,7 +126,8 @@ class Watch:
         begun = time.perf_counter()
         self.panel.update(step, step * self.frame_skip, status="evaluating")
         episodes = self.evaluator.episodes(self.agent, lambda: self.stopping)
-        if not episodes:  # a signal came
+        self._owed = not episodes
+        if self._owed:
             return
         returns = np.array([episode.return_ for episode in episodes])
         self.evaluation = {"mean": returns.mean(), "std": returns.std(), "episodes": len(returns)}
@@ -211,6 +213,7 @@ class Watch:
             "first_update": self.first_update,
             "returns": list(self._returns),
             "pending": pending,
+            "owed": self._owed,
         }
         kept = {"replay": self.replay.state_dict()} if self.config.save_replay else {}
         return {
@@ -251,6 +254,8 @@ class Watch:
         self.started -= counters["seconds"]
         self._logged = (counters["step"], self.seconds)
         self._warm = self.agent.updates + WARM_UPDATES  # the compiler runs again
+        if counters.get("owed"):
+            self.evaluate(counters["step"])
 
     def rates(self, step: int) -> dict[str, float | None]:
         """Agent steps per second: `whole` over the run, `steady` while learning, evaluations and compilation aside."""

@@ -1,13 +1,16 @@
 """Resume: a run that was killed and goes on ends with the same bits as one that was never disturbed."""
 
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
 
 import envs
 from agents import resume, train
+from agents.evaluate import Evaluator
 from agents.watch import Watch
 from envs import Collector
 from runs import Run, UserError
@@ -237,6 +240,25 @@ def test_a_run_killed_in_its_last_evaluation_goes_on(tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "other")
 
 
+@pytest.mark.parametrize("evaluation", [1, 2, 3])
+def test_a_signal_in_an_evaluation_costs_none(tmp_path, monkeypatch, evaluation):
+    settings = {**CARTPOLE, "eval_every": 40, "eval_episodes": 2}
+    train("dqn", "CartPole-v1", run=tmp_path / "whole", **settings)
+    episodes, calls = Evaluator.episodes, iter(range(1, 10))
+
+    def asked(self, *arguments):
+        if next(calls) == evaluation:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return episodes(self, *arguments)
+
+    monkeypatch.setattr(Evaluator, "episodes", asked)
+    stopped = train("dqn", "CartPole-v1", run=tmp_path / "other", **settings)
+    assert stopped.signal == signal.SIGTERM and stopped.summary["steps"] == min(40 * evaluation, 100)
+    resume(tmp_path / "other", say=lambda _: None)
+    assert len(rows(tmp_path / "other" / "evaluations.csv")) == 3
+    assert_same_run(tmp_path / "whole", tmp_path / "other")
+
+
 def test_a_finished_run_is_not_touched(tmp_path):
     train("dqn", "CartPole-v1", run=tmp_path / "run", **CARTPOLE)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -278,7 +300,7 @@ def test_what_a_kill_left_in_the_run_folder_is_cleaned(tmp_path, monkeypatch):
     (tmp_path / "run" / ".partial-best-1-abc").mkdir()
     (tmp_path / "run" / ".partial-best-1-abc" / "weights.safetensors").write_text("")
     (tmp_path / "run" / ".partial-config.json-1-abc").write_text("{")
-    resume(tmp_path / "run", say=lambda _: None)
+    Run.resume(tmp_path / "run")[0].close()
     assert not list((tmp_path / "run").rglob(".partial-*"))
 
 
