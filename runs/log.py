@@ -36,12 +36,12 @@ class _Whole:
         """Write all of `record`; on any failure the file is as it was."""
         rest = memoryview(record)
         try:
-            self._file.seek(self._end)
             while rest:
                 rest = rest[self._file.write(rest) :]  # a disk that becomes full takes a part first
         except BaseException:
             with contextlib.suppress(OSError):
                 self._file.truncate(self._end)
+            self._file.seek(self._end)
             raise
         self._end += len(record)
 
