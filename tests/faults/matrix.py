@@ -14,7 +14,7 @@ from runs import checkpoint
 from tests.tools import assert_same_run
 
 ROOT = Path(__file__).parent.parent.parent
-COMMON = "--log-every 50 --eval-every 0 --final-episodes 1 --threads 1 --no-video --max-frames 600 --seed 1"
+COMMON = "--log-every 70 --eval-every 0 --final-episodes 1 --threads 1 --no-video --max-frames 600 --seed 1"
 PIXELS = "--size 16 --net light --features 16"
 DQN = "--preset none --learning-starts 100 --batch 8 --train-every 4 --target-every 50 --n-step 2"
 
