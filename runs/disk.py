@@ -42,9 +42,7 @@ def write_whole(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(
-        OSError
-    ):  # the new content is there, whether or not it would survive a power cut
+    with contextlib.suppress(OSError):  # all is there, whether or not it would survive a power cut
         sync_folder(path.parent)
 
 
