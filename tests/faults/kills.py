@@ -46,7 +46,8 @@ SETTINGS: dict[str, Any] = dict(
     video=False,
 )
 STEPS_PER_KILL = 300
-SHARE = 0.6  # of the run that is done when all kills are
+SHARE = 0.4  # of the run that is about done when all kills are
+STARTS = 0.3  # of the kills, while the run starts; the others come after
 
 
 def check(folder: Path, kills: int, seed: int) -> str:
@@ -56,19 +57,23 @@ def check(folder: Path, kills: int, seed: int) -> str:
     settings = {**SETTINGS, "steps": steps}
     begun = time.perf_counter()
     process = forked(lambda: train("dqn", run=whole, **settings), log)
-    while not (whole / "scores.csv").exists():
-        assert time.perf_counter() - begun < 300, log.read_text()
-        time.sleep(0.001)
+    begins(whole, 0, log)
     loading = time.perf_counter() - begun
     assert wait(process) == 0, log.read_text()
     learning = time.perf_counter() - begun - loading
 
-    most = 2 * (loading + learning * SHARE / kills)  # of a life, so that the run lasts for all kills
+    most = (
+        2 * learning * SHARE / kills / (1 - STARTS)
+    )  # seconds of a life, so that the run lasts for all kills
     saving = early = 0
     for number in range(kills):
+        before = written(other)
         process = forked(lambda: life(other, settings), log)
-        # the first lives are short: what a start leaves half-done comes only there
-        time.sleep(float(rng.uniform(0, most if number >= kills // 20 else 1.5 * loading)))
+        if rng.random() < STARTS:
+            time.sleep(float(rng.uniform(0, loading)))
+        else:
+            begins(other, before, log)
+            time.sleep(float(rng.uniform(0, most)))
         os.kill(process, signal.SIGKILL)
         assert wait(process) == -signal.SIGKILL, f"ended before kill {number + 1}:\n{log.read_text()[-3000:]}"
         parent = other / "checkpoints"
@@ -76,7 +81,7 @@ def check(folder: Path, kills: int, seed: int) -> str:
         early += not checkpoint.steps(parent)
         if checkpoint.steps(parent):
             latest(other)  # whatever is visible is whole
-    reached = latest(other) if checkpoint.steps(other / "checkpoints") else 0
+    reached = latest(other)
     starting = kills - len(Run.open(other).origin.get("resumed", []))
     assert wait(forked(lambda: life(other, settings), log)) == 0, log.read_text()[-3000:]
     assert_same_run(whole, other)
@@ -84,6 +89,19 @@ def check(folder: Path, kills: int, seed: int) -> str:
         f"{kills} kills in {steps:,} steps, {saving} inside a save, {starting} while starting, {early} before the "
         f"first checkpoint, the last one after step {reached:,}; final bits equal"
     )
+
+
+def written(folder: Path) -> int:
+    """When config.json was written, which is the last thing before a run begins to train; 0 for never."""
+    return (folder / "config.json").stat().st_mtime_ns if (folder / "config.json").exists() else 0
+
+
+def begins(folder: Path, before: int, log: Path) -> None:
+    """Wait until the run was begun or resumed."""
+    deadline = time.monotonic() + 300
+    while written(folder) == before:
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.001)
 
 
 def life(folder: Path, settings: dict[str, Any]) -> None:
