@@ -6,7 +6,7 @@ ARGS ?=
 # a plain path entry: a finder would lose the package `runs` to any folder of that name where a command is run
 EDITABLE = --config-settings editable_mode=compat
 
-.PHONY: pong install test lint format bench regressions figures clean
+.PHONY: pong install test lint format bench faults regressions figures clean
 
 pong: .venv/run       ## train DQN on Pong, the main job
 	$(BIN)/python -m agents.run dqn --env ALE/Pong $(ARGS)
@@ -25,6 +25,9 @@ format: .venv/dev     ## rewrite files in the house style
 
 bench: .venv/bench    ## speed and memory against Stable-Baselines3; leave the machine alone meanwhile
 	$(BIN)/python -m tests.bench $(ARGS)
+
+faults: .venv/dev     ## kill, damage and starve runs in every way; about a quarter of an hour
+	$(BIN)/python -m tests.faults $(ARGS)
 
 regressions: .venv/dev  ## rewrite the pinned traces; read the diff before you commit it
 	$(BIN)/python -m tests.regressions

@@ -41,7 +41,8 @@ def guarded(main: Callable[[list[str]], int], arguments: list[str]) -> int:
         sys.stderr.close()
         return 1
     except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -148,9 +149,10 @@ def _report(result: Any) -> int:
     """Where the run is, what it reached, and the next commands to type."""
     run, facts = shlex.quote(str(result.path)), result.summary
     if result.signal:
-        print(
-            f"\nStopped by signal {result.signal} at step {facts['steps']:,}, everything is saved. To go on:"
-        )
+        kept = "everything is saved"
+        if result.saved != facts["steps"]:
+            kept = f"saved to step {result.saved:,}" if result.saved else "but no checkpoint could be saved"
+        print(f"\nStopped by signal {result.signal} at step {facts['steps']:,}, {kept}. To go on:")
         print(f"  python -m agents.run {facts['agent']} --run {run} --resume\n")
     else:
         score, rate = facts["evaluation"], facts["steps_per_second"]["whole"]

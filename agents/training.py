@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -80,6 +81,7 @@ class Result:
     agent: Agent
     summary: dict[str, Any]
     signal: int  # that ended the run early, or 0
+    saved: int | None  # step of the newest checkpoint
 
 
 def owners(agent: str, backbone: str) -> dict[str, Callable[..., Any]]:
@@ -210,15 +212,13 @@ def resume(
             f"{path} was trained on a backbone object: give resume() the agent object it was given"
         )
 
-    def compare(differences: list[str]) -> None:
-        if strict and differences:
-            raise UserError(f"--strict: {path} cannot go on to the bit: {'; '.join(differences)}")
-        for difference in differences:
-            say(f"bits may differ from an undisturbed run: {difference}")
-
+    compare = partial(_compare, path, strict, say)
     compare(opened.differences())
+    asked, end = settings["steps"], opened.finished
     if steps is not None:
         settings["steps"] = steps
+    if end is not None and end >= settings["steps"]:
+        raise UserError(f"{path} is finished at step {end:,}; give --steps more than that to go on")
     chosen = parts(settings)
 
     def start(decided: dict[str, Any]) -> Start:
@@ -228,9 +228,9 @@ def resume(
         ]
         compare([f"--{name} was {saved.get(name)}, is {decided[name]}" for name in computing])
         run, step, state = Run.resume(path, say)
-        if step >= settings["steps"]:
+        if settings["steps"] <= step < asked:
             run.close()
-            raise UserError(f"{path} is finished at step {step:,}; give --steps more than that to go on")
+            raise UserError(f"{path} is at step {step:,} already; give --steps more than that to go on")
         run.configure(decided)
         say(f"resuming at step {step:,}" if state else "no checkpoint yet: beginning anew at step 0")
         return run, step, state
@@ -242,6 +242,14 @@ def resume(
         raise UserError(f"{path} was trained by {settings['agent']} with other settings than this object's")
 
     return _train(agent, settings, chosen, start, say, begun)
+
+
+def _compare(path: str | Path, strict: bool, say: Callable[[str], None], differences: list[str]) -> None:
+    """Name what can change bits; refuse it if `strict`."""
+    if strict and differences:
+        raise UserError(f"--strict: {path} cannot go on to the bit: {'; '.join(differences)}")
+    for difference in differences:
+        say(f"bits may differ from an undisturbed run: {difference}")
 
 
 Start = tuple[Run, int, dict[str, Any] | None]  # an open run, the step it stands at, and what was saved there
@@ -281,7 +289,7 @@ def _train(
         if state is not None:
             try:
                 watch.restore(state)
-            except (KeyError, ValueError, RuntimeError) as error:
+            except (LookupError, TypeError, ValueError, RuntimeError) as error:
                 raise UserError(
                     f"the checkpoint in {run.path} does not fit its config.json: {error}"
                 ) from None
@@ -302,8 +310,20 @@ def _train(
             **watch.facts(step, seconds, rates),
             "peak_memory_bytes": _peak_memory(),
         }
+        _finish(run, facts, watch.saved)
+    return Result(run.path, agent, facts, stop.signal, watch.saved)
+
+
+def _finish(run: Run, facts: dict[str, Any], saved: int | None) -> None:
+    """Write what came out. Raises: UserError if the disk refuses what belongs to the end of a run."""
+    try:
         run.summary(facts)
-    return Result(run.path, agent, facts, stop.signal)
+        run.flush()
+    except OSError as error:
+        since = "anew" if saved is None else f"from step {saved:,}"
+        raise UserError(
+            f"the end of the run could not be written ({error}); make room, then --resume makes it again {since}"
+        ) from None
 
 
 def _complete(run: Run) -> dict[str, Any]:

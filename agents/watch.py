@@ -5,11 +5,12 @@ Nothing here changes what is learned: evaluation has its own environments and dr
 
 from __future__ import annotations
 
+import copy
 import signal
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from agents.base import Agent, due
 from agents.evaluate import Evaluator, film
+from backbones.compute import ComputeConfig
 from envs import Collector, Episode
 from replay import Ring, Update
 from runs import Run, UserError
@@ -24,6 +26,7 @@ from runs.config import RunFailed
 from runs.panel import Panel
 
 FILM_STEPS = 400  # of the film in TensorBoard
+MAY_CHANGE = ("steps", *(field.name for field in fields(ComputeConfig)))  # settings, when a run is resumed
 WARM_UPDATES = 50  # updates before the steady rate is measured: compilation lies before
 
 
@@ -75,6 +78,10 @@ class Watch:
     _logged: tuple[int, float] = (0, 0.0)
     _told: int = 0  # faults of environments that were reported
     saving: float = 0.0  # seconds spent on checkpoints
+    saved: int | None = None  # step of the newest checkpoint
+    _best: dict[str, Any] | None = None  # the best state, if the disk did not take it yet
+    _owed: bool = False  # whether a signal cut off an evaluation, which a resumed run begins with
+    _refused: bool = False  # whether rows of the logs wait for the disk
     _warm: int = WARM_UPDATES  # updates after which the steady rate is measured
     _aside: float = 0.0  # seconds spent evaluating and saving
     _steady: tuple[int, float] | None = None  # step and learning seconds where the steady rate begins
@@ -108,8 +115,11 @@ class Watch:
         if update is not None:
             self._note_update(step)
             self._pending = update.metrics
-        if due(self.config.log_every, before, step) or step >= self.config.steps:
+        logs = due(self.config.log_every, before, step) or step >= self.config.steps
+        if logs:
             self.log(step)
+        if logs or episodes:
+            self._tell()
         self.panel.update(step, step * self.frame_skip)
         if step >= self.config.steps:  # the end has its own evaluation and checkpoint
             return
@@ -123,12 +133,14 @@ class Watch:
         begun = time.perf_counter()
         self.panel.update(step, step * self.frame_skip, status="evaluating")
         episodes = self.evaluator.episodes(self.agent, lambda: self.stopping)
-        if not episodes:  # a signal came
+        self._owed = not episodes
+        if self._owed:
             return
         returns = np.array([episode.return_ for episode in episodes])
         self.evaluation = {"mean": returns.mean(), "std": returns.std(), "episodes": len(returns)}
         if self.run.evaluation(step, returns, self.seconds):
-            self._keep(step)
+            self._best = {"weights": self.agent.state_dict()["weights"], "counters": {"step": step}}
+            self._keep()
         self.panel.say(
             f"step {step:,}: greedy return {returns.mean():.2f} +- {returns.std():.2f}, {len(returns)} episodes"
         )
@@ -138,12 +150,28 @@ class Watch:
         self.panel.update(step, step * self.frame_skip, status="", evaluation=returns.mean())
         self._aside += time.perf_counter() - begun
 
-    def _keep(self, step: int) -> None:
-        state = {"weights": self.agent.state_dict()["weights"], "counters": {"step": step}}
+    def _tell(self) -> None:
+        """Say once that rows of the logs begin to wait for the disk, and once that it took them all."""
+        refused = self.run.refused
+        if refused is not None and not self._refused:
+            self.panel.say(
+                f"the logs cannot be written ({refused.strerror}): training goes on, rows wait in memory"
+            )
+        elif refused is None and self._refused:
+            self.panel.say("the logs can be written again; no row was lost")
+        self._refused = refused is not None
+
+    def _keep(self) -> None:
+        """Save the best state; if the disk refuses, a copy waits for the next checkpoint."""
+        if self._best is None:
+            return
+        step = self._best["counters"]["step"]
         try:
-            self.run.save_best(state)
+            self.run.save_best(self._best, step)
+            self._best = None
         except OSError as error:
-            self.panel.say(f"the best weights (step {step:,}) could not be saved: {error}")
+            self.panel.say(f"the best weights (step {step:,}) could not be saved yet: {error}")
+            self._best = copy.deepcopy(self._best)
 
     def _film(self, step: int) -> None:
         seed = self.evaluator.seed + 1
@@ -168,9 +196,11 @@ class Watch:
     def save(self, step: int) -> None:
         """A checkpoint; a disk that refuses is reported and costs only this one."""
         begun = time.perf_counter()
+        self._keep()
         try:
             self.run.save(step, self._state(step), {f"replay/{name}" for name in self.replay.unchanged()})
             self.replay.saved()
+            self.saved = step
         except OSError as error:
             self.panel.say(
                 f"checkpoint at step {step:,} failed ({error}); training goes on, the last good one stays"
@@ -190,21 +220,31 @@ class Watch:
             "first_update": self.first_update,
             "returns": list(self._returns),
             "pending": pending,
+            "owed": self._owed,
         }
         kept = {"replay": self.replay.state_dict()} if self.config.save_replay else {}
         return {
             **state,
             "counters": {**state["counters"], **counters},
+            "settings": self._settings(),
             "envs": self.collector.state_dict(),
             **kept,
         }
 
+    def _settings(self) -> dict[str, Any]:
+        """What config.json must still say when the run is resumed."""
+        kept = {name: value for name, value in self.run.config.items() if name not in MAY_CHANGE}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+
     def restore(self, state: dict[str, dict[str, Any]]) -> None:
         """Go on from where `save` stood: agent, environments, replay and counts.
 
-        Raises: ValueError or KeyError if the state does not fit the settings.
+        Raises: ValueError, TypeError or LookupError if the state does not fit the settings.
         """
-        counters = state["counters"]
+        own, counters = self._settings(), state["counters"]
+        for name, before in state.get("settings", own).items():
+            if own.get(name) != before:
+                raise ValueError(f"{name} was {before!r}, is {own.get(name)!r}")
         self.agent.load_state_dict(state)
         rebuilt = self.collector.load_state_dict(state["envs"])
         if "replay" in state:
@@ -216,9 +256,12 @@ class Watch:
         self.episodes, self.saving = counters["episodes"], counters["saving"]
         self.first_update, self._pending = counters["first_update"], counters["pending"]
         self._returns.extend(counters["returns"])
+        self.saved = counters["step"]
         self.started -= counters["seconds"]
         self._logged = (counters["step"], self.seconds)
         self._warm = self.agent.updates + WARM_UPDATES  # the compiler runs again
+        if counters.get("owed"):
+            self.evaluate(counters["step"])
 
     def rates(self, step: int) -> dict[str, float | None]:
         """Agent steps per second: `whole` over the run, `steady` while learning, evaluations and compilation aside."""
@@ -240,7 +283,7 @@ class Watch:
             "env_faults": len(self.collector.faults),
             "evaluation": self.evaluation or None,
             "parameters": self.agent.parameters,
-            "finished": not self.stopping,
+            "finished": not self.stopping and self.saved == step,
         }
 
     def _note_update(self, step: int) -> None:

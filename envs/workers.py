@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from typing import Any
@@ -31,8 +34,9 @@ class Workers(AsyncVectorEnv):
 
     def __init__(self, ones: Sequence[Callable[[], gymnasium.Env]], timeout: float = TIMEOUT) -> None:
         """Start the processes; not by fork, which would copy the threads of emulator and learner dead."""
-        self._ones, self._timeout = ones, timeout
-        super().__init__(ones, autoreset_mode=AutoresetMode.SAME_STEP, context="forkserver")
+        self._ones = [functools.partial(_deaf, one, os.getpid()) for one in ones]
+        self._timeout = timeout
+        super().__init__(self._ones, autoreset_mode=AutoresetMode.SAME_STEP, context="forkserver")
 
     def rebuild(self) -> None:
         """Start all processes anew; their environments must then be reset."""
@@ -87,3 +91,10 @@ class Workers(AsyncVectorEnv):
         what = f"no answer in {self._timeout:g} s" if isinstance(error, multiprocessing.TimeoutError) else ""
         died = "its process died" if isinstance(error, (EOFError, OSError)) else ""
         return WorkerFault(rows, what or died or f"{type(error).__name__}: {error}")
+
+
+def _deaf(one: Callable[[], gymnasium.Env], parent: int) -> gymnasium.Env:
+    """Make an env; Ctrl-C, which a terminal sends to all processes, is left to the parent."""
+    if os.getpid() != parent:  # gymnasium makes one env in the parent, too
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return one()

@@ -21,7 +21,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
 from runs.config import UserError
@@ -101,8 +100,10 @@ def load(folder: Path, step: int | None = None) -> State:
         return state
     except NewerFormat:
         raise
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
-        raise CorruptCheckpoint(f"checkpoint {folder} is not usable: {error}") from error
+    except Exception as error:  # each parser of a forged file has errors of its own
+        raise CorruptCheckpoint(
+            f"checkpoint {folder} is not usable: {' '.join(str(error).split())}"
+        ) from error
 
 
 def load_latest(parent: Path, say: Callable[[str], None]) -> tuple[int, State]:
@@ -148,9 +149,11 @@ def prune(parent: Path, keep: int) -> None:
 
 def tidy(parent: Path) -> None:
     """Remove what a killed process left half-written; bring back what it was about to replace."""
-    for entry in list(parent.iterdir()):
+    for entry in list(parent.iterdir()) if parent.is_dir() else []:
         if entry.name.startswith(PARTIAL) and entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name.startswith(PARTIAL):
+            entry.unlink(missing_ok=True)
         elif entry.name.endswith(OLD) and entry.is_dir():
             successor = entry.with_name(entry.name.removesuffix(OLD))
             if successor.exists():
@@ -209,6 +212,8 @@ def _write(folder: Path, name: str, fill: Callable[[_Hashed], Any]) -> dict[str,
 def _link(folder: Path, name: str, base: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
     """Give the file of another checkpoint a second name; None if that cannot be done."""
     try:
+        if (base / name).stat().st_size != facts["bytes"]:
+            return None  # damaged since it was written
         os.link(base / name, folder / name)
     except OSError:
         return None  # no such file, or a file system without links
@@ -283,9 +288,12 @@ def _parse(name: str) -> tuple[str, str, str]:
 
 
 def _manifest(folder: Path, step: int | None) -> dict[str, Any]:
-    manifest = json.loads(_bounded(folder / MANIFEST))
+    manifest = json.loads(_bounded(folder / MANIFEST), object_pairs_hook=_without_doubles)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise ValueError(f"{MANIFEST} is not a manifest")
+    for name, facts in manifest["files"].items():
+        if not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys():
+            raise ValueError(f"{MANIFEST} does not describe {name!r}")
     version = manifest.get("format")
     if isinstance(version, int) and version > FORMAT:
         raise NewerFormat(
@@ -296,6 +304,14 @@ def _manifest(folder: Path, step: int | None) -> dict[str, Any]:
     if step is not None and manifest.get("step") != step:
         raise ValueError(f"{MANIFEST} is for step {manifest.get('step')!r}, not {step}")
     return manifest
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A damaged name may equal another one, which would then be lost without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{MANIFEST} has one name twice")
+    return found
 
 
 def _bounded(path: Path) -> bytes:

@@ -258,7 +258,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         loaded = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # of bytes, of JSON, or of endless nesting
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(loaded).__name__}")

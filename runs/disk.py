@@ -42,7 +42,8 @@ def write_whole(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    with contextlib.suppress(OSError):  # all is there, whether or not it would survive a power cut
+        sync_folder(path.parent)
 
 
 def json_text(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -21,6 +22,7 @@ from runs.origin import origin
 CONFIG = "config.json"
 SCORES = ("step", "frames", "seconds", "return", "length")
 EVALUATIONS = ("step", "mean", "std", "min", "max", "episodes", "seconds")
+LOGS = "logs"  # group of a checkpoint: how many rows each log had
 KEEP = 2  # checkpoints: the newest, and the one before in case the newest is damaged
 
 
@@ -51,12 +53,14 @@ class Run:
         record = {"config": dict(config), **origin()}
         try:
             folder = _claim(Path(path).expanduser()) if path is not None else _fresh(Path(root), config)
-            with open(folder / CONFIG, "x", encoding="utf-8") as file:
-                file.write(json_text(record))
-            lock = _Lock(folder)
-            return cls(folder, record, _Log(folder, lock))
-        except FileExistsError:  # of two commands given the same new --run, one is told here
-            raise UserError(_taken(path)) from None
+            with contextlib.ExitStack() as opened:
+                lock = opened.enter_context(contextlib.closing(_Lock(folder)))
+                if (folder / CONFIG).exists():  # of two commands given the same new --run, one is told here
+                    raise UserError(_taken(path))
+                write_whole(folder / CONFIG, json_text(record).encode())
+                run = cls(folder, record, _Log(folder, lock))
+                opened.pop_all()
+            return run
         except OSError as error:
             raise UserError(f"cannot write a run to {path or root}: {error.strerror or error}") from error
 
@@ -92,16 +96,23 @@ class Run:
         lock = _Lock(run.path)
         parent, step, state = run.path / "checkpoints", 0, None
         try:
-            if parent.is_dir():
-                checkpoint.tidy(parent)
-            for left in run.path.glob(f"{PARTIAL}*"):
-                left.unlink()
+            for folder in (run.path, parent):
+                checkpoint.tidy(folder)
+            rows: dict[str, int] = {}
             if checkpoint.steps(parent):
                 step, state = checkpoint.load_latest(parent, say)
+                rows = state.pop(LOGS, {})
+                if run.finished == step:
+                    rows = {}  # the last evaluation came after the checkpoint, and stays
                 run._base = parent / str(step)
                 for bad in checkpoint.set_aside(parent, step):
                     say(f"kept the unusable checkpoint as {bad}")
-            run._opened_log = _Log(run.path, lock, None if state is None else step)
+            run._opened_log = _Log(run.path, lock, None if state is None else step, rows)
+            if run._opened_log.events.lost:
+                say(
+                    f"{run._opened_log.events.path} is damaged: {run._opened_log.events.lost} of its records are "
+                    "lost to TensorBoard; the tables have them"
+                )
             now = origin()
             back = {"step": step, **{name: now[name] for name in ("started", "commit", "versions")}}
             run.origin["resumed"] = [*run.origin.get("resumed", []), back]
@@ -124,6 +135,15 @@ class Run:
         facts = [*versions, ("source", self.origin.get("commit"), now["commit"])]
         facts += [(name, machine.get(name), now["machine"][name]) for name in ("cpu", "system")]
         return [f"{name} was {before}, is {after}" for name, before, after in facts if before != after]
+
+    @property
+    def finished(self) -> int | None:
+        """The step at which the run came to its end, by its summary; None if it has not."""
+        try:
+            facts = read_json(self.path / "summary.json")
+        except UserError:
+            return None
+        return facts.get("steps") if facts.get("finished") is True else None
 
     @property
     def _log(self) -> _Log:
@@ -199,19 +219,25 @@ class Run:
         """
         from runs import checkpoint
 
+        if LOGS in state:
+            raise ValueError(f"a checkpoint of a run has a group {LOGS!r} of its own")
         self.flush()
         parent = self.path / "checkpoints"
         folder = parent / str(int(step))
-        checkpoint.save(folder, int(step), state, self._base, unchanged)
+        checkpoint.save(folder, int(step), {**state, LOGS: self._log.rows}, self._base, unchanged)
         self._base = folder
         checkpoint.prune(parent, KEEP)
         return folder
 
-    def save_best(self, state: dict[str, Any]) -> Path:
-        """Save `state` as that of the last evaluation, in place of the best before. Return its folder."""
+    def save_best(self, state: dict[str, Any], step: int | None = None) -> Path:
+        """Save `state` as that of `step` (default: of the last evaluation), in place of the best before.
+
+        Returns its folder.
+        """
         from runs import checkpoint
 
-        checkpoint.save(self.path / "best", self._log.evaluations.last_step, state)
+        step = self._log.evaluations.last_step if step is None else step
+        checkpoint.save(self.path / "best", step, state)
         return self.path / "best"
 
     def load(
@@ -222,11 +248,16 @@ class Run:
         A damaged latest checkpoint is named through `say` (default: standard error); the one before is taken.
         Raises: UserError if there is nothing usable.
         """
+        state = self._load(which, say or _warn)
+        state.pop(LOGS, None)
+        return state
+
+    def _load(self, which: str | int, say: Callable[[str], None]) -> dict[str, Any]:
         from runs import checkpoint
 
         parent = self.path / "checkpoints"
         if which == "latest":
-            return checkpoint.load_latest(parent, say or _warn)[1]
+            return checkpoint.load_latest(parent, say)[1]
         steps = checkpoint.steps(parent)
         if which != "best" and which not in steps:
             allowed = ", ".join(["best", "latest", *map(str, steps)])
@@ -251,13 +282,24 @@ class Run:
         """
         return read_table(self.path / f"{name}.csv")
 
+    @property
+    def refused(self) -> OSError | None:
+        """What the disk answers to rows of the logs, which therefore wait in memory; None if none does."""
+        return next((part.refused for part in self._log.parts if part.refused is not None), None)
+
     def flush(self) -> None:
-        """Force all logs onto the disk."""
+        """Force all logs onto the disk.
+
+        Raises: OSError if rows still have to wait in memory.
+        """
         for part in self._log.parts:
             part.flush()
 
     def close(self) -> None:
-        """Flush and close the logs; later calls do nothing."""
+        """Flush and close the logs; later calls do nothing.
+
+        Raises: OSError if rows that waited in memory are lost because the disk took none to the end.
+        """
         if self._opened_log is not None:
             self._opened_log.close()
 
@@ -265,39 +307,50 @@ class Run:
         """Return the run itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         """Close the logs."""
-        self.close()
+        # what went wrong first is what the user should read
+        with contextlib.suppress(OSError) if kind is not None else contextlib.nullcontext():
+            self.close()
 
 
 class _Log:
-    """What a run writes to while it goes on; `after` a step to go on with what is there."""
+    """What a run writes to while it goes on; `after` a step, and `rows` by log, to go on with what is there."""
 
-    def __init__(self, folder: Path, lock: _Lock, after: int | None = None) -> None:
-        self.lock = lock
-        tables = {"scores": SCORES, "metrics": ("step",), "evaluations": EVALUATIONS}
-        self.scores, self.metrics, self.evaluations = (
-            _fresh_table(folder / f"{name}.csv", columns)
-            if after is None
-            else Table.reopen(folder / f"{name}.csv", after)
-            for name, columns in tables.items()
-        )
-        self.events = Events(folder, after)
-        self.parts = (self.scores, self.metrics, self.evaluations, self.events)
+    def __init__(
+        self, folder: Path, lock: _Lock, after: int | None = None, rows: Mapping[str, int] | None = None
+    ) -> None:
+        rows = rows or {}
+
+        def table(name: str, columns: Sequence[str]) -> Table:
+            path = folder / f"{name}.csv"
+            if after is not None:
+                return Table.reopen(path, columns, after, rows.get(name))
+            path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+            return Table(path, columns)
+
+        with contextlib.ExitStack() as opened:
+            self.scores = opened.enter_context(contextlib.closing(table("scores", SCORES)))
+            self.metrics = opened.enter_context(contextlib.closing(table("metrics", ("step",))))
+            self.evaluations = opened.enter_context(contextlib.closing(table("evaluations", EVALUATIONS)))
+            self.events = opened.enter_context(contextlib.closing(Events(folder, after, rows.get("events"))))
+            opened.pop_all()  # a file that cannot be continued does not leave the others open
+        self.lock, self.parts = lock, (self.scores, self.metrics, self.evaluations, self.events)
         means = read_table(folder / "evaluations.csv").get("mean", np.zeros(0))
         means = means[np.isfinite(means)]
         self.best: float | None = float(means.max()) if means.size else None
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """How long each log is."""
+        tables = {"scores": self.scores, "metrics": self.metrics, "evaluations": self.evaluations}
+        return {**{name: table.rows for name, table in tables.items()}, "events": self.events.records}
+
     def close(self) -> None:
         """Flush and close everything, and let other processes write."""
-        for part in self.parts:
-            part.close()
-        self.lock.close()
-
-
-def _fresh_table(path: Path, columns: Sequence[str]) -> Table:
-    path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
-    return Table(path, columns)
+        with contextlib.ExitStack() as stack:  # one that fails does not leave the others open
+            for part in (self.lock, *self.parts):
+                stack.callback(part.close)
 
 
 class _Lock:
@@ -334,7 +387,7 @@ def _claim(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     if (path / CONFIG).exists():
         raise UserError(_taken(path))
-    if any(path.iterdir()):
+    if any(not entry.name.startswith(PARTIAL) for entry in path.iterdir()):
         raise UserError(f"{path} is not empty and holds no run; choose a new or empty folder for --run")
     return path
 

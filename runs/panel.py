@@ -90,7 +90,10 @@ class Panel:
 
     def say(self, line: str) -> None:
         """Print a line above the panel."""
-        self._console.print(self._safe(line), markup=False, highlight=False, soft_wrap=True)
+        try:
+            self._console.print(self._safe(line), markup=False, highlight=False, soft_wrap=True)
+        except OSError:
+            pass  # a run goes on if its output is, say, a file on a full disk
 
     def _show(self) -> None:
         now = self._clock()

@@ -130,6 +130,20 @@ def test_what_the_checkpoint_before_lacks_is_written(run):
     assert_same(run.load(), state(3))
 
 
+def test_a_shared_file_that_lost_its_end_is_written_anew(run):
+    run.save(1, state(1))
+    truncate(run.path / "checkpoints/1/replay/obs.npy")
+    later = state(2)
+    later["replay"]["obs"] = state(1)["replay"]["obs"]
+    run.save(2, later, {"replay/obs"})
+    assert_same(run.load(2), later)
+
+
+def test_a_run_keeps_a_group_for_itself(run):
+    with pytest.raises(ValueError, match="has a group 'logs' of its own"):
+        run.save(1, {"logs": {"a": 1}})
+
+
 def test_best_is_replaced_and_the_same_step_can_be_saved_again(run):
     with pytest.raises(UserError, match="no best checkpoint"):
         run.load("best")
@@ -237,6 +251,20 @@ def test_a_manifest_that_is_no_object_or_nested_without_end_is_refused(run):
     for text in ("[]", "7", "[" * 100_000):
         (run.path / "checkpoints/10/manifest.json").write_text(text)
         assert_same(run.load(say=lambda _: None), state(5))
+
+
+def test_a_name_that_became_another_is_not_lost(run):
+    fake(run)
+    path = run.path / "checkpoints/10/manifest.json"
+    path.write_text(path.read_text().replace('"replay/none.npy"', '"replay/size.npy"'))
+    with pytest.raises(UserError, match="has one name twice"):
+        run.load(10)
+
+
+def test_a_header_that_breaks_its_parser_is_refused(run):
+    header = (b"{'descr': " + b"'" * 3).ljust(117) + b"\n"
+    forge(run, "replay/obs.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    assert_same(run.load(say=lambda _: None), state(5))
 
 
 def forge(run, name, content):

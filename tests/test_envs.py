@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gymnasium
@@ -317,3 +320,19 @@ def test_a_program_that_forgets_to_close_ends_in_silence() -> None:
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "False", "")
+
+
+def test_ctrl_c_is_left_to_the_parent():
+    """A terminal sends it to all processes, those of the environments too."""
+    env = make("CartPole-v1", 2, 0, vectorization="async")
+    try:
+        env.reset(seed=[0, 1])
+        assert isinstance(env, AsyncVectorEnv)
+        for process in env.processes:
+            os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.2)
+        for _ in range(3):
+            obs, *_ = env.step(np.zeros(2, np.int64))
+        assert obs.shape == (2, 4) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        env.close()

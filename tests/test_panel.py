@@ -1,5 +1,6 @@
 """The live panel and its plain form."""
 
+import errno
 import io
 
 import pytest
@@ -139,3 +140,16 @@ def test_numbers_for_people():
         "text",
     ]
     assert duration(3725.9) == "1:02:05"
+
+
+class Full(io.StringIO):
+    """Output into a file on a full disk."""
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_output_that_cannot_be_written_ends_no_run():
+    with Panel("t", 10, console=Console(file=Full())) as panel:
+        panel.say("a line")
+        panel.update(5, 5)

@@ -1,34 +1,21 @@
 """Resume: a run that was killed and goes on ends with the same bits as one that was never disturbed."""
 
-import csv
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
 
 import envs
 from agents import resume, train
+from agents.evaluate import Evaluator
 from agents.watch import Watch
 from envs import Collector
-from runs import Run, UserError, checkpoint
+from runs import Run, UserError
+from tests.tools import SMALL, assert_same_run, rows
 
-SMALL = dict(
-    learning_starts=40,
-    batch=8,
-    train_every=4,
-    target_every=7,
-    n_step=2,
-    capacity=300,
-    log_every=30,
-    eval_every=0,
-    final_episodes=1,
-    checkpoint_every=64,
-    threads=1,
-    compile="off",
-    precision="fp32",
-    video=False,
-)
 PIXELS = dict(size=16, net="light", features=16)
 
 
@@ -45,31 +32,6 @@ def killed_at(monkeypatch, step):
             raise Killed
 
     monkeypatch.setattr(Watch, "after", dying)
-
-
-def rows(path, *timed):
-    """A table without its columns of times."""
-    with open(path, newline="") as file:
-        return [{k: v for k, v in row.items() if k not in timed} for row in csv.DictReader(file)]
-
-
-def assert_same_run(one, other):
-    """Weights, optimiser, replay, envs and logs, bit by bit; times aside."""
-    assert rows(one / "scores.csv", "seconds") == rows(other / "scores.csv", "seconds")
-    speed = ("speed/steps_per_second", "speed/frames_per_second")
-    assert rows(one / "metrics.csv", *speed) == rows(other / "metrics.csv", *speed)
-    assert rows(one / "evaluations.csv", "seconds") == rows(other / "evaluations.csv", "seconds")
-    last = [run / "checkpoints" / str(checkpoint.steps(run / "checkpoints")[-1]) for run in (one, other)]
-    assert last[0].name == last[1].name
-    files = [json.loads((folder / "manifest.json").read_text())["files"] for folder in last]
-    assert files[0].keys() == files[1].keys()
-    differ = [name for name in files[0] if files[0][name] != files[1][name]]
-    assert differ in ([], ["counters.json"])
-    counters = [json.loads((folder / "counters.json").read_text()) for folder in last]
-    for each in counters:
-        for timed in ("seconds", "saving", "first_update"):
-            each.pop(timed)
-    assert counters[0] == counters[1]
 
 
 def interrupted(monkeypatch, tmp_path, env, kill, steps=200, **settings):
@@ -162,7 +124,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
     resume(tmp_path / "other", steps=240, say=lambda _: None)
     assert Run.open(tmp_path / "other").config["steps"] == 240
     one, other = (Run.open(tmp_path / name).load(240) for name in ("whole", "other"))
-    for group in ("weights", "optimizer", "target"):
+    for group in ("weights", "optimizer", "other"):
         assert all(bool((one[group][name] == other[group][name]).all()) for name in one[group])
     assert rows(tmp_path / "whole" / "scores.csv", "seconds") == rows(
         tmp_path / "other" / "scores.csv", "seconds"
@@ -254,6 +216,104 @@ def test_without_its_replay_a_run_refills_it(tmp_path, monkeypatch):
     resume(tmp_path / "run", say=lambda _: None)
     learned = [step for step, updated in seen if updated]
     assert seen[0][0] == 128 and 128 + 40 <= learned[0] < 128 + 40 + 4
+
+
+def ends(path):
+    """A run killed in its last evaluation, after everything was saved."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "summary", killed_now)
+        train("dqn", "CartPole-v1", run=path, **CARTPOLE)
+
+
+def killed_now(*_):
+    raise Killed
+
+
+CARTPOLE = {**SMALL, "hidden": (16,), "steps": 100, "preset": "none", "say": lambda _: None}
+
+
+def test_a_run_killed_in_its_last_evaluation_goes_on(tmp_path):
+    train("dqn", "CartPole-v1", run=tmp_path / "whole", **CARTPOLE)
+    ends(tmp_path / "other")
+    assert len(rows(tmp_path / "other" / "evaluations.csv")) == 1
+    assert resume(tmp_path / "other", say=lambda _: None).summary["finished"]
+    assert_same_run(tmp_path / "whole", tmp_path / "other")
+
+
+@pytest.mark.parametrize("evaluation", [1, 2, 3])
+def test_a_signal_in_an_evaluation_costs_none(tmp_path, monkeypatch, evaluation):
+    settings = {**CARTPOLE, "eval_every": 40, "eval_episodes": 2}
+    train("dqn", "CartPole-v1", run=tmp_path / "whole", **settings)
+    episodes, calls = Evaluator.episodes, iter(range(1, 10))
+
+    def asked(self, *arguments):
+        if next(calls) == evaluation:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return episodes(self, *arguments)
+
+    monkeypatch.setattr(Evaluator, "episodes", asked)
+    stopped = train("dqn", "CartPole-v1", run=tmp_path / "other", **settings)
+    assert stopped.signal == signal.SIGTERM and stopped.summary["steps"] == min(40 * evaluation, 100)
+    resume(tmp_path / "other", say=lambda _: None)
+    assert len(rows(tmp_path / "other" / "evaluations.csv")) == 3
+    assert_same_run(tmp_path / "whole", tmp_path / "other")
+
+
+def test_a_finished_run_is_not_touched(tmp_path):
+    train("dqn", "CartPole-v1", run=tmp_path / "run", **CARTPOLE)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="is finished at step 100; give --steps more"):
+        resume(tmp_path / "run", say=lambda _: None)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    resume(tmp_path / "run", steps=150, say=lambda _: None)
+    assert [row["step"] for row in rows(tmp_path / "run" / "evaluations.csv")] == ["100", "150"]
+
+
+def test_a_run_that_is_further_than_asked_for_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 80)
+        train("dqn", "CartPole-v1", run=tmp_path / "run", **CARTPOLE)
+    with pytest.raises(UserError, match="is at step 64 already; give --steps more"):
+        resume(tmp_path / "run", steps=50, say=lambda _: None)
+    assert resume(tmp_path / "run", say=lambda _: None).summary["finished"]
+
+
+def test_a_changed_config_is_named(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 80)
+        train("dqn", "CartPole-v1", run=tmp_path / "run", **CARTPOLE)
+    file = tmp_path / "run" / "config.json"
+    record = json.loads(file.read_text())
+    for name, value in {"gamma": 0.5, "seed": 7, "hidden": [17], "num_envs": 3}.items():
+        file.write_text(json.dumps({**record, "config": {**record["config"], name: value}}))
+        with pytest.raises(UserError, match=rf"does not fit its config.json: {name} was .*, is ") as caught:
+            resume(tmp_path / "run", say=lambda _: None)
+        assert "\n" not in str(caught.value)
+    file.write_text(json.dumps(record))
+    assert resume(tmp_path / "run", say=lambda _: None).summary["finished"]
+
+
+def test_what_a_kill_left_in_the_run_folder_is_cleaned(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 80)
+        train("dqn", "CartPole-v1", run=tmp_path / "run", **CARTPOLE)
+    (tmp_path / "run" / ".partial-best-1-abc").mkdir()
+    (tmp_path / "run" / ".partial-best-1-abc" / "weights.safetensors").write_text("")
+    (tmp_path / "run" / ".partial-config.json-1-abc").write_text("{")
+    Run.resume(tmp_path / "run")[0].close()
+    assert not list((tmp_path / "run").rglob(".partial-*"))
+
+
+def test_a_full_disk_at_the_end_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "summary.json")
+
+    monkeypatch.setattr(Run, "summary", full)
+    with pytest.raises(UserError, match=r"could not be written .*--resume makes it again from step 100"):
+        train("dqn", "CartPole-v1", run=tmp_path / "run", **CARTPOLE)
+    monkeypatch.undo()
+    assert resume(tmp_path / "run", say=lambda _: None).summary["finished"]
+    assert len(rows(tmp_path / "run" / "evaluations.csv")) == 1
 
 
 # -- the parts -------------------------------------------------------------------------------------------------------

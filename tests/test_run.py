@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 from agents import evaluate, play
 from agents.run import guarded
 from agents.run import main as run
+from tests.faults.tools import CARTPOLE, at, copied, killed
 
 ROOT = Path(__file__).parent.parent
 SHORT = [
@@ -196,6 +199,162 @@ def test_signals_save_and_say_so(number: int, code: int, tmp_path: Path) -> None
         not summary["finished"]
         and (folder / "checkpoints" / str(summary["steps"]) / "manifest.json").exists()
     )
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 200 steps that was killed after 150; its last checkpoint is at 128."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    killed(folder, 150, **{**CARTPOLE, "steps": 200, "lr": 1e-3})
+    return folder
+
+
+def nothing(_: Path) -> None:
+    pass
+
+
+def other_agent(folder: Path) -> None:
+    replaced(folder / "config.json", '"agent": "dqn"', '"agent": "qtable"')
+
+
+def newer_format(folder: Path) -> None:
+    replaced(folder / "checkpoints" / "128" / "manifest.json", '"format": 1', '"format": 2')
+
+
+def no_scores(folder: Path) -> None:
+    (folder / "scores.csv").unlink()
+
+
+def other_torch(folder: Path) -> None:
+    record = json.loads((folder / "config.json").read_text())
+    record["versions"]["torch"] = "1.0"
+    (folder / "config.json").write_text(json.dumps(record))
+
+
+def no_whole_checkpoint(folder: Path) -> None:
+    for manifest in folder.glob("checkpoints/*/manifest.json"):
+        manifest.write_text("{}")
+
+
+def replaced(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+UNFIT: list[tuple[Callable[[Path], None], list[str], list[str]]] = [
+    (other_agent, [], ["is a run of 'qtable', not of 'dqn'"]),
+    (newer_format, [], ["format 2", "needs a newer chordate"]),
+    (no_scores, [], ["cannot continue", "scores.csv"]),
+    (no_whole_checkpoint, [], ["no usable checkpoint in"]),
+    (other_torch, ["--strict"], ["--strict", "torch was 1.0, is "]),
+    (nothing, ["--lr", "0.01"], ["--lr cannot change when a run is resumed, it is 0.001"]),
+    (nothing, ["--env", "Acrobot-v1"], ["--env cannot change", "CartPole-v1"]),
+    (nothing, ["--num-envs", "2"], ["--num-envs cannot change"]),
+    (nothing, ["--steps", "100"], ["is at step 128 already; give --steps more"]),
+    (nothing, ["--steps", "0"], ["--steps", ">= 1"]),
+]
+
+
+@pytest.mark.parametrize(("change", "flags", "named"), UNFIT, ids=lambda value: str(value)[:30])
+def test_what_cannot_be_resumed_is_one_line(
+    change: Callable[[Path], None],
+    flags: list[str],
+    named: list[str],
+    stopped: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = copied(stopped, tmp_path / "run")
+    change(folder)
+    scores = folder / "scores.csv"
+    before = scores.read_bytes() if scores.exists() else b""
+    assert guarded(run, ["dqn", "--run", str(folder), "--resume", *flags]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("checkpoint ")]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and all(word in lines[0] for word in named)
+    assert not scores.exists() or before.startswith(scores.read_bytes())
+    assert not (folder / "summary.json").exists()
+
+
+def test_resume_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, named in (
+        ([], "--resume needs --run DIR"),
+        (["--run", str(tmp_path / "none")], "no run at"),
+        (["--run", str(tmp_path)], "it has no config.json"),
+    ):
+        assert guarded(run, ["dqn", "--resume", *words]) == 2
+        assert named in capsys.readouterr().err
+    assert guarded(run, ["dqn", "--env", "CartPole-v1", "--strict"]) == 2
+    assert "--strict belongs to --resume" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_as_it_was_may_be_said_again(
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(stopped, tmp_path / "run")
+    other_torch(folder)
+    words = [
+        "dqn",
+        "--run",
+        str(folder),
+        "--resume",
+        "--env",
+        "CartPole-v1",
+        "--lr",
+        "0.001",
+        "--steps",
+        "300",
+    ]
+    assert guarded(run, words) == 0
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("bits may differ")]
+    assert "torch was 1.0, is " in line and "resuming at step 128" in out
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 300
+
+
+def test_after_ctrl_c_the_printed_command_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "a run"
+    words = ["agents.run", "dqn", "--env", "CartPole-v1", *SHORT, "--steps", "100_000", "--compile", "off"]
+    words += ["--run", str(folder)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (folder / "scores.csv").exists() or len((folder / "scores.csv").read_text().splitlines()) < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "everything is saved" in out and "Traceback" not in out, out
+    (line,) = [line.strip() for line in out.splitlines() if line.endswith("--resume")]
+    python, *command = shlex.split(line)
+    assert python == "python"
+    steps = json.loads((folder / "summary.json").read_text())["steps"]
+    done = subprocess.run(
+        [sys.executable, *command, "--steps", str(steps + 50)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and f"resuming at step {steps:,}" in done.stdout, done.stdout + done.stderr
+
+
+def test_what_could_not_be_saved_is_not_called_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop() -> None:
+        monkeypatch.setattr("runs.checkpoint._put_in_place", full)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with at({150: stop}):
+        assert cartpole(tmp_path / "run", "--checkpoint-every", "64") == 143
+    out = capsys.readouterr().out
+    assert "Stopped by signal 15 at step 150, saved to step 128. To go on:" in out
 
 
 def test_help_fits_80_columns_and_loads_fast_enough_to_be_used() -> None:

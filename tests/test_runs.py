@@ -1,8 +1,11 @@
 """The run folder: creating, refusing, logging, reading."""
 
+import errno
 import json
 import math
 import os
+import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -108,6 +111,13 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_what_a_kill_at_the_start_left_is_no_obstacle(tmp_path):
+    (tmp_path / ".partial-config.json-1-abc").write_text("{")
+    Run.create(CONFIG, path=tmp_path).close()
+    Run.resume(tmp_path)[0].close()
+    assert not list(tmp_path.glob(".partial*"))
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
 def test_an_unwritable_folder_is_one_line(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
@@ -128,9 +138,10 @@ def test_open_says_what_is_there_instead(tmp_path):
     Run.create(CONFIG, path=tmp_path / "deep" / "second").close()
     with pytest.raises(UserError, match="2 below it"):
         Run.open(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot read"):
-        Run.open(tmp_path)
+    for content in (b"{", b"\xff", b"[" * 100_000, b'{"a": ' + b"9" * 5_000 + b"}"):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(UserError, match="cannot read"):
+            Run.open(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="does not describe a run"):
         Run.open(tmp_path)
@@ -192,21 +203,149 @@ def test_steps_do_not_go_back_and_names_are_safe(tmp_path):
     assert list(scalars(run)["loss/td"]) == [10, 12]
 
 
-def test_a_failed_new_column_costs_no_rows(tmp_path, monkeypatch):
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_new_column_that_fails_costs_no_rows(tmp_path, monkeypatch):
     table = Table(tmp_path / "metrics.csv", ["step"])
     table.append(1, {"a": "1"})
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
         patch.setattr("runs.disk.os.fsync", full)
-        with pytest.raises(OSError, match="No space"):
-            table.append(2, {"a": "2", "b": "2"})
+        table.append(2, {"a": "2", "b": "2"})
+        assert (tmp_path / "metrics.csv").read_text() == "step,a\n1,1\n"
     table.append(3, {"a": "3", "b": "3"})
     table.close()
-    assert (tmp_path / "metrics.csv").read_text() == "step,a,b\n1,1,\n3,3,3\n"
+    assert (tmp_path / "metrics.csv").read_text() == "step,a,b\n1,1,\n2,2,2\n3,3,3\n"
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+@pytest.fixture
+def limit():
+    """Sets the largest size of a file that this process may write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_rows_wait_for_a_full_disk_and_are_never_there_by_half(tmp_path, limit):
+    run = Run.create(CONFIG, root=tmp_path)
+    for step in range(1, 4):
+        run.episode(step, step, 0.5, 1.0, step)
+    size = (run.path / "scores.csv").stat().st_size
+    before = (run.path / "scores.csv").read_bytes()
+    limit(size + 7)  # half a row would fit
+    for step in range(4, 7):
+        run.episode(step, step, 0.5, 1.0, step)
+        run.log(step, {"loss/td": 0.5})
+    try:
+        assert (run.path / "scores.csv").read_bytes() == before
+        assert run.refused is not None and run.refused.errno == errno.EFBIG
+        with pytest.raises(OSError, match=r"3 of its records wait in memory.*scores\.csv"):
+            run.flush()
+    finally:
+        limit(resource.RLIM_INFINITY)
+    run.episode(7, 7, 0.5, 1.0, 7)
+    run.log(8, {"loss/td": 0.5})
+    assert run.refused is None
+    run.close()
+    assert list(run.table("scores")["step"]) == [1, 2, 3, 4, 5, 6, 7]
+    assert list(run.table("metrics")["step"]) == [4, 5, 6, 8]
+    assert list(scalars(run)["episode/return"]) == [1, 2, 3, 4, 5, 6, 7]
+    assert list(scalars(run)["loss/td"]) == [4, 5, 6, 8]
+
+
+def test_rows_that_are_lost_in_the_end_are_said_to_be(tmp_path, limit):
+    run = Run.create(CONFIG, root=tmp_path)
+    limit(0)
+    run.episode(1, 1, 0.5, 1.0, 1)
+    with pytest.raises(OSError, match="1 of its records wait in memory"):
+        run.close()
+    run.close()
+    assert (run.path / "scores.csv").read_text().count("\n") == 1
+    limit(resource.RLIM_INFINITY)
+    Run.resume(run.path)[0].close()  # the lock was given back, too
+
+
+def test_what_went_wrong_first_is_what_is_said(tmp_path, limit):
+    with pytest.raises(KeyboardInterrupt), Run.create(CONFIG, root=tmp_path) as run:
+        limit(0)
+        run.episode(1, 1, 0.5, 1.0, 1)
+        raise KeyboardInterrupt
+
+
+DAMAGE = [
+    (lambda rows: [rows[0], b"1,\xff,0.5,1.0,1\n", *rows[2:]], "line 2 is damaged"),
+    (lambda rows: [rows[0], b"\n", *rows[2:]], "line 2 is damaged"),
+    (lambda rows: [rows[0], rows[1].replace(b",", b";", 1), *rows[2:]], "line 2 is damaged"),
+    (lambda rows: [rows[0], b"nan" + rows[1], *rows[2:]], "line 2 is damaged"),
+    (lambda rows: [rows[0], b"inf" + rows[1][1:], *rows[2:]], "line 2 is damaged"),
+    (lambda rows: [rows[0], b"9" + rows[1][1:], *rows[2:]], "line 2 is of step 9"),
+    (lambda rows: [rows[0], rows[2], rows[1], *rows[3:]], "line 3 is of step 1 after step 2"),
+    (lambda rows: rows[:-1], "of its 3 rows at step 3, 2 are left"),
+    (lambda rows: [b"s" + rows[0], *rows[1:]], "its columns are not step,frames,seconds,return,length"),
+    (lambda rows: [], "its columns are not"),
+    (lambda rows: [b"\xff\xfe\n"], "its columns are not"),
+]
+
+
+@pytest.mark.parametrize(("damage", "named"), DAMAGE)
+def test_a_damaged_table_is_not_continued(tmp_path, damage, named):
+    with Run.create(CONFIG, root=tmp_path) as run:
+        for step in (1, 2, 3):
+            run.episode(step, step, 0.5, 1.0, step)
+        run.save(3, {"counters": {"step": 3}})
+    path = run.path / "scores.csv"
+    path.write_bytes(b"".join(damage(path.read_bytes().splitlines(keepends=True))))
+    with pytest.raises(UserError, match=named) as caught:
+        Run.resume(run.path)
+    assert "scores.csv" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_came_after_the_checkpoint_is_cut_whatever_it_is(tmp_path):
+    with Run.create(CONFIG, root=tmp_path) as run:
+        run.episode(1, 1, 0.5, 1.0, 1)
+        run.save(2, {"counters": {"step": 2}})
+        run.evaluation(2, [1.0], 1.0)  # the last one of a run: of the same step, but later
+        run.episode(2, 1, 0.5, 1.0, 1)
+    with open(run.path / "scores.csv", "ab") as file:
+        file.write(b"\0" * 100 + b"\n")
+    with open(next(run.path.glob("events.out.*")), "ab") as file:
+        file.write(b"\0" * 100)
+    again, step, state = Run.resume(run.path)
+    assert step == 2 and state == {"counters": {"step": 2}}
+    again.close()
+    assert list(run.table("scores")["step"]) == [1] and not len(run.table("evaluations")["step"])
+    assert scalars(run) == {"episode/return": {1: 1.0}, "episode/length": {1: 1.0}}
+
+
+@pytest.mark.parametrize("at", [0, 8, 30, -5])
+def test_a_damaged_event_file_is_named_and_continued(tmp_path, at):
+    with Run.create(CONFIG, root=tmp_path) as run:
+        for step in (1, 2, 3):
+            run.episode(step, step, 0.5, 1.0, step)
+        run.save(3, {"counters": {"step": 3}})
+    (path,) = run.path.glob("events.out.*")
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0x80
+    path.write_bytes(content)
+    said = []
+    again, _, _ = Run.resume(run.path, said.append)
+    again.episode(4, 4, 0.5, 1.0, 4)
+    again.close()
+    assert len(said) == 1 and "is damaged" in said[0] and path.name in said[0]
+    found = events(run)  # TensorBoard reads all that is there
+    assert found[0].file_version and found[-1].step == 4
+
+
+def test_a_damaged_table_is_read_with_one_line(tmp_path):
+    path = tmp_path / "t.csv"
+    for content in (b"step,a\n1,x\n", b"step,a\n1\n", b"step,a\n1,\xff\n"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"t\.csv: line 2 is damaged"):
+            read_table(path)
 
 
 def test_reading_tables(tmp_path):
@@ -274,3 +413,12 @@ def test_summary_is_strict_json_and_replaced_in_one_step(tmp_path, monkeypatch):
         assert not list(run.path.glob(".partial*"))
         with pytest.raises(TypeError, match="cannot write a object"):
             run.summary({"bad": object()})
+
+
+def test_a_new_column_is_there_once_even_if_its_folder_cannot_be_synced(tmp_path, monkeypatch):
+    table = Table(tmp_path / "metrics.csv", ["step"])
+    monkeypatch.setattr("runs.disk.sync_folder", full)
+    for step in (1, 2):
+        table.append(step, {"a": str(step)})
+    table.close()
+    assert (tmp_path / "metrics.csv").read_text() == "step,a\n1,1\n2,2\n"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -16,11 +19,27 @@ from agents.loop import off_policy
 from backbones.compute import Compute
 from envs import Collector
 from replay import Batch, Ring
+from runs import checkpoint
 
 CPU = Compute("cpu", "fp32", 1, False)
 VECTOR = spaces.Box(-1, 1, (3,), np.float32)
 
-
+SMALL: dict[str, Any] = dict(  # settings of a run of a second
+    learning_starts=40,
+    batch=8,
+    train_every=4,
+    target_every=7,
+    n_step=2,
+    capacity=300,
+    log_every=30,
+    eval_every=0,
+    final_episodes=1,
+    checkpoint_every=64,
+    threads=1,
+    compile="off",
+    precision="fp32",
+    video=False,
+)
 PAYS = "chordate/Pays-v0"  # CartPole with rewards of 2.5, so that clipping them shows
 
 
@@ -106,3 +125,36 @@ def digest(agent: DQN) -> str:
         tensor.detach().contiguous().numpy().tobytes() for tensor in agent.online.state_dict().values()
     )
     return hashlib.sha256(data).hexdigest()
+
+
+def rows(path: Path, *timed: str) -> list[dict[str, str]]:
+    """A table without its columns of times."""
+    with open(path, newline="") as file:
+        return [{k: v for k, v in row.items() if k not in timed} for row in csv.DictReader(file)]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, optimiser, replay, envs and logs, bit by bit; times aside."""
+    assert rows(one / "scores.csv", "seconds") == rows(other / "scores.csv", "seconds")
+    speed = ("speed/steps_per_second", "speed/frames_per_second")
+    assert rows(one / "metrics.csv", *speed) == rows(other / "metrics.csv", *speed)
+    assert rows(one / "evaluations.csv", "seconds") == rows(other / "evaluations.csv", "seconds")
+    last = [run / "checkpoints" / str(checkpoint.steps(run / "checkpoints")[-1]) for run in (one, other)]
+    assert last[0].name == last[1].name
+    assert_same_checkpoint(*last)
+    assert (one / "best").exists() == (other / "best").exists()
+    if (one / "best").exists():
+        assert_same_checkpoint(one / "best", other / "best")
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    """Every file bit by bit; times aside."""
+    files = [json.loads((folder / "manifest.json").read_text())["files"] for folder in (one, other)]
+    assert files[0].keys() == files[1].keys()
+    differ = [name for name in files[0] if files[0][name] != files[1][name]]
+    assert differ in ([], ["counters.json"])
+    counters = [json.loads((folder / "counters.json").read_text()) for folder in (one, other)]
+    for each in counters:
+        for timed in ("seconds", "saving", "first_update"):
+            each.pop(timed, None)
+    assert counters[0] == counters[1]
