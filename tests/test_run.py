@@ -256,7 +256,11 @@ UNFIT: list[tuple[Callable[[Path], None], list[str], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "flags", "named"), UNFIT, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("change", "flags", "named"),
+    UNFIT,
+    ids=[" ".join([change.__name__, *flags]) for change, flags, _ in UNFIT],
+)
 def test_what_cannot_be_resumed_is_one_line(
     change: Callable[[Path], None],
     flags: list[str],
