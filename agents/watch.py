@@ -57,7 +57,7 @@ class Watch:
 
     agent: Agent
     collector: Collector
-    replay: Ring
+    replay: Ring | None  # None: nothing is remembered
     run: Run
     panel: Panel
     stop: Stop
@@ -72,6 +72,7 @@ class Watch:
     _films: bool = field(init=False)
     _pending: dict[str, Any] | None = None  # metrics of the newest update that is not yet in the log
     _logged: tuple[int, float] = (0, 0.0)
+    carried: dict[str, np.ndarray] = field(default_factory=dict)  # what the loop keeps from step to step
     saving: float = 0.0  # seconds spent on checkpoints
     _warm: int = WARM_UPDATES  # updates after which the steady rate is measured
     _aside: float = 0.0  # seconds spent evaluating and saving
@@ -93,11 +94,12 @@ class Watch:
 
     def after(self, before: int, step: int, episodes: list[Episode], update: Update | None) -> None:
         """Everything that happens after the environments went from step `before` to `step`."""
-        for episode in episodes:
-            self.episodes += 1
-            self._returns.append(episode.return_)
+        if episodes:
+            _, returns, lengths = zip(*episodes, strict=True)
+            self.episodes += len(episodes)
+            self._returns.extend(returns)
             self.panel.update(step, step * self.frame_skip, return_=sum(self._returns) / len(self._returns))
-            self.run.episode(step, step * self.frame_skip, self.seconds, episode.return_, episode.length)
+            self.run.episodes(step, step * self.frame_skip, self.seconds, returns, lengths)
         if update is not None:
             self._note_update(step)
             self._pending = update.metrics
@@ -161,9 +163,11 @@ class Watch:
     def save(self, step: int) -> None:
         """A checkpoint; a disk that refuses is reported and costs only this one."""
         begun = time.perf_counter()
+        unchanged = self.replay.unchanged() if self.replay is not None else ()
         try:
-            self.run.save(step, self._state(step), {f"replay/{name}" for name in self.replay.unchanged()})
-            self.replay.saved()
+            self.run.save(step, self._state(step), {f"replay/{name}" for name in unchanged})
+            if self.replay is not None:
+                self.replay.saved()
         except OSError as error:
             self.panel.say(
                 f"checkpoint at step {step:,} failed ({error}); training goes on, the last good one stays"
@@ -184,7 +188,11 @@ class Watch:
             "returns": list(self._returns),
             "pending": pending,
         }
-        kept = {"replay": self.replay.state_dict()} if self.config.save_replay else {}
+        kept = {}
+        if self.replay is not None and self.config.save_replay:
+            kept["replay"] = self.replay.state_dict()
+        if self.carried:
+            kept["loop"] = self.carried
         return {
             **state,
             "counters": {**state["counters"], **counters},
@@ -200,13 +208,16 @@ class Watch:
         counters = state["counters"]
         self.agent.load_state_dict(state)
         rebuilt = self.collector.load_state_dict(state["envs"])
-        if "replay" in state:
+        if self.replay is not None and "replay" in state:
             self.replay.load_state_dict(state["replay"])
-        else:
+        elif self.replay is not None:
             self.panel.say("the replay was not saved: learning goes on when it is filled again")
-        if not rebuilt:
+        if rebuilt:
+            self.carried = dict(state.get("loop", {}))
+        else:
             self.panel.say("the environments could not be rebuilt: their episodes restart")
-            self.replay.cut(self.collector.stood(state["envs"]))
+            if self.replay is not None:
+                self.replay.cut(self.collector.stood(state["envs"]))
         self.episodes, self.saving = counters["episodes"], counters["saving"]
         self.first_update, self._pending = counters["first_update"], counters["pending"]
         self._returns.extend(counters["returns"])

@@ -10,7 +10,7 @@ import io
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,16 @@ class Table:
         """Raise ValueError if `step` lies before the row written last, or is negative."""
         if step < self.last_step:
             raise ValueError(f"{self.path.name}: steps must not go back, got {step} after {self.last_step}")
+
+    def extend(self, step: int, rows: Iterable[Sequence[object]]) -> None:
+        """Write rows of one step, each with all its cells after the step in the order of the columns, in one write.
+
+        Raises: ValueError if `step` goes back.
+        """
+        self.check_step(step)
+        self.last_step = step
+        self._file.write(b"".join(_line([str(step), *map(str, row)]) for row in rows))
+        self._file.flush()
 
     def append(self, step: int, cells: Mapping[str, str]) -> None:
         """Write one row; a column without a cell stays empty.

@@ -84,7 +84,7 @@ def test_env_names_cannot_leave_the_root(tmp_path):
 
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
     with Run.create(CONFIG, path=tmp_path / "mine") as run:
-        run.episode(10, 40, 0.5, -21, 10)
+        run.episodes(10, 40, 0.5, [-21], [10])
     before = {entry: entry.read_bytes() for entry in run.path.iterdir()}
     with pytest.raises(UserError, match="already holds a run; choose another --run or delete it"):
         Run.create(CONFIG, path=tmp_path / "mine")
@@ -167,7 +167,7 @@ def test_rows_are_there_at_once_and_whole(tmp_path):
     run = Run.create(CONFIG, root=tmp_path)
     run.log(1, {"loss/td": 0.5})
     run.log(2, {"loss/td": 0.25, "time/update": 2.0})
-    run.episode(7, 28, 0.1234567, -21.0, 7)
+    run.episodes(7, 28, 0.1234567, [-21.0], [7])
     assert (run.path / "metrics.csv").read_text() == "step,loss/td,time/update\n1,0.5,\n2,0.25,2.0\n"
     assert (run.path / "scores.csv").read_text().splitlines()[1] == "7,28,0.123,-21.0,7"
     assert scalars(run)["episode/return"] == {7: -21.0}

@@ -88,11 +88,8 @@ def trained(
         env.single_observation_space,
         env.single_action_space,
         stack=envs.frame_stack(env),
-        n_step=config.n_step,
-        gamma=config.gamma,
-        clip_reward=config.clip_reward,
-        priority=config.priority,
         rng=np.random.default_rng(seed),
+        **config.replay,
     )
     watch, collector = Quiet(between), Collector(env, seed, overlap=overlap)
     off_policy(agent, collector, replay, watch, steps)  # type: ignore[arg-type]  # duck-typed watch
