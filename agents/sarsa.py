@@ -41,9 +41,13 @@ from runs.config import Knob, UserError, check
 class Config:
     """The knobs of SARSA; steps are agent decisions over all environments. Those of table or backbone are their own."""
 
-    lr: Annotated[float | None, Knob("step size; by itself 0.1 on a table, 1e-3 on a network", above=0)] = None
+    lr: Annotated[float | None, Knob("step size; by itself 0.1 on a table, 1e-3 on a network", above=0)] = (
+        None
+    )
     gamma: Annotated[float, Knob("discount of one step", low=0, high=1)] = 0.99
-    max_grad_norm: Annotated[float, Knob("gradients of a network are scaled down to this norm", above=0)] = 10.0
+    max_grad_norm: Annotated[float, Knob("gradients of a network are scaled down to this norm", above=0)] = (
+        10.0
+    )
     epsilon_start: Annotated[float, Knob("share of random actions at first", low=0, high=1)] = 1.0
     epsilon_end: Annotated[float, Knob("share of random actions in the end", low=0, high=1)] = 0.05
     epsilon_steps: Annotated[int, Knob("steps from the first to the last epsilon", low=1)] = 50_000
@@ -146,7 +150,9 @@ class SARSA(EpsilonGreedy):
                 raise UserError("--max-grad-norm has no effect on a table: it has no gradient")
             lr = 0.1 if config.lr is None else config.lr
             if lr > 1:
-                raise UserError(f"--lr is the part of the way to the target on a table, at most 1, got {lr:g}")
+                raise UserError(
+                    f"--lr is the part of the way to the target on a table, at most 1, got {lr:g}"
+                )
             return Table(observation_space, self.actions, lr, **self.net)
         with torch.random.fork_rng(devices=[]):  # torch's initialisers take no generator
             torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))

@@ -182,7 +182,9 @@ def optimal_q(table: Dynamics, gamma: float, tolerance: float = 1e-10, most: int
         if np.abs(after - q).max() <= tolerance:
             return after
         q = after
-    raise ValueError(f"value iteration has not converged after {most:,} sweeps: with gamma {gamma:g} it may never")
+    raise ValueError(
+        f"value iteration has not converged after {most:,} sweeps: with gamma {gamma:g} it may never"
+    )
 
 
 def _refuse_large(entries: int) -> None:

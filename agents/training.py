@@ -268,7 +268,9 @@ def _train(
     env = envs.make(config.env, config.num_envs, config.seed, chosen.env, vectorization=config.vectorization)
     say(envs.describe(env))
     say(f"preset {settings['preset']}; backbone {settings['backbone']}")
-    updates = chosen.agent.rounds(config.steps // config.num_envs if agent.loop == "on_policy" else config.steps)
+    updates = chosen.agent.rounds(
+        config.steps // config.num_envs if agent.loop == "on_policy" else config.steps
+    )
     compute = choose(chosen.compute, image=_sees_image(env), updates=updates, say=say)
     agent.build(env.single_observation_space, env.single_action_space, compute, of_agent, say)
     replay = None

@@ -47,7 +47,9 @@ def tabled(spec: EnvSpec) -> bool:
     """Whether a table says all about this environment."""
     # a fickle passenger changes his mind outside of the table
     return (
-        spec.entry_point in TABLED and not spec.additional_wrappers and not spec.kwargs.get("fickle_passenger")
+        spec.entry_point in TABLED
+        and not spec.additional_wrappers
+        and not spec.kwargs.get("fickle_passenger")
     )
 
 

@@ -7,8 +7,7 @@ from replay.types import Batch, Decision, Five, Transition, Update
 if TYPE_CHECKING:
     from replay.ring import Ring
 
-__all__ = ["Batch", "Decision",
-    "Five", "Ring", "Transition", "Update"]
+__all__ = ["Batch", "Decision", "Five", "Ring", "Transition", "Update"]
 
 
 def __getattr__(name: str) -> Any:

@@ -47,7 +47,9 @@ class Five(NamedTuple):
     reward: np.ndarray  # (N,)
     next_obs: np.ndarray  # (N, *S), the true successor
     terminated: np.ndarray  # (N,) bool
-    next_action: np.ndarray  # (N, *A), taken in next_obs; where the episode was cut there, drawn by the policy
+    next_action: (
+        np.ndarray
+    )  # (N, *A), taken in next_obs; where the episode was cut there, drawn by the policy
 
 
 class Update(NamedTuple):
