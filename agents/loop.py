@@ -58,9 +58,11 @@ def on_policy(agent: Agent, collector: Collector, watch: Watch, steps: int, star
     episode was cut nothing follows: the action there is only drawn.
     """
     num_envs, step = collector.env.num_envs, start
-    decision = agent.act(collector.obs, collector.first, agent.initial(num_envs), step)
-    if "action" in watch.carried:  # a resumed run had chosen already
-        decision = Decision(watch.carried["action"], decision.state)
+    state = agent.initial(num_envs)
+    if "action" in watch.carried:  # a resumed run has chosen already
+        decision = Decision(watch.carried["action"], state)
+    else:
+        decision = agent.act(collector.obs, collector.first, state, step)
     while step < steps and not watch.stopping:
         collector.send(decision.action)
         done = collector.recv()

@@ -58,14 +58,18 @@ def returns(agent: str, seed: int, folder: Path) -> tuple[np.ndarray, float]:
         raise KeyboardInterrupt
     found = Run.open(folder).table("scores")["return"]
     if len(found) < EPISODES:
-        raise UserError(f"{agent}, seed {seed}: {len(found)} episodes in {STEPS:,} steps, {EPISODES} are needed")
+        raise UserError(
+            f"{agent}, seed {seed}: {len(found)} episodes in {STEPS:,} steps, {EPISODES} are needed"
+        )
     return found[:EPISODES], result.summary["evaluation"]["mean"]
 
 
 def main(arguments: list[str]) -> int:
     """Train all runs, write textbook.csv and textbook.png."""
     parser = Parser(prog="python -m agents.textbook", description="Q-learning and SARSA beside the cliff.")
-    parser.add_argument("--runs", type=positive("--runs"), metavar="N", help=f"of each agent (default {RUNS})")
+    parser.add_argument(
+        "--runs", type=positive("--runs"), metavar="N", help=f"of each agent (default {RUNS})"
+    )
     parser.add_argument("--out", metavar="DIR", help=f"where to write (default {OUT})")
     given = parser.read(arguments)
     count, out = given.get("runs", RUNS), Path(given.get("out", OUT))

@@ -67,7 +67,9 @@ def test_outcomes_are_drawn_as_often_as_the_table_says(env_id: str) -> None:
     square, freedom = 0.0, 0
     for state in range(states):
         for action in range(actions):
-            env.set_state(env.get_state() | {"state": np.full(count, state), "age": np.zeros(count, np.int64)})
+            env.set_state(
+                env.get_state() | {"state": np.full(count, state), "age": np.zeros(count, np.int64)}
+            )
             drawn = env._drawn_outcomes(np.full(count, state * actions + action))
             found = np.bincount(drawn - (state * actions + action) * outcomes, minlength=outcomes)
             expected = table.probability[state, action] * count

@@ -50,7 +50,9 @@ def test_box_cells_at_their_borders() -> None:
     box = spaces.Box(np.array([0.0, -1.0], np.float32), np.array([1.0, 1.0], np.float32))
     cells = Cells(box, (4, 2))
     assert cells.count == 8
-    seen = np.array([[0.0, -1.0], [0.24, -0.01], [0.25, 0.0], [1.0, 1.0], [-9.0, 9.0], [0.75, -9.0]], np.float32)
+    seen = np.array(
+        [[0.0, -1.0], [0.24, -0.01], [0.25, 0.0], [1.0, 1.0], [-9.0, 9.0], [0.75, -9.0]], np.float32
+    )
     assert cells(seen).tolist() == [0, 0, 3, 7, 1, 6]
     assert Cells(box)(seen).max() == 99  # ten parts each
     assert Cells(box, (2,), (0.5, 0.0), (2.5, 4.0))(np.array([[1.5, 1.9]])).tolist() == [2]
@@ -220,7 +222,9 @@ QUICK = dict(learning_starts=2_000, capacity=50_000, batch=512, train_every=256,
     [("chordate/FrozenLakeDeterministic-v0", 0.99, 400_000), ("CliffWalking-v1", 1.0, 400_000)],
 )
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_learned_q_is_exact_on_deterministic_problems(env_id: str, gamma: float, steps: int, seed: int) -> None:
+def test_learned_q_is_exact_on_deterministic_problems(
+    env_id: str, gamma: float, steps: int, seed: int
+) -> None:
     agent = QTable(gamma=gamma, **QUICK)
     tabular(agent, env_id, steps, seed=seed, num_envs=256)
     table = envs.dynamics(envs.resolve(env_id))
@@ -230,7 +234,7 @@ def test_learned_q_is_exact_on_deterministic_problems(env_id: str, gamma: float,
 
 def test_sarsa_takes_the_safe_path() -> None:
     agent = SARSA(gamma=1.0, lr=0.1, epsilon_start=0.1, epsilon_end=0.1)
-    tabular(agent, "CliffWalking-v1", 400_000, num_envs=256)
+    tabular(agent, "CliffWalking-v1", 2_000_000, num_envs=1_024)
     table, state, path, total = envs.dynamics(envs.resolve("CliffWalking-v1")), 36, [], 0.0
     for _ in range(40):
         action = int(agent.values(np.array([state])).argmax())
@@ -244,9 +248,9 @@ def test_sarsa_takes_the_safe_path() -> None:
 
 
 def test_sarsa_learns_the_value_of_the_policy_that_acts() -> None:
-    """At random over two actions: v(1) = (1 + gamma v(0)) / 2, v(0) = (gamma v(1) + gamma v(0)) / 2."""
+    """At random: q(s, a) = sum_j p_j (r_j + gamma (1 - terminated_j) mean_a' q(s'_j, a'))."""
     agent = SARSA(gamma=0.9, lr=1.0, net={"omega": 0.7}, epsilon_start=1.0, epsilon_end=1.0)
-    tabular(agent, "FrozenLake-v1", 400_000, num_envs=256)
+    tabular(agent, "FrozenLake-v1", 1_500_000, num_envs=256)
     table = envs.dynamics(envs.resolve("FrozenLake-v1"))
     alive = ~table.terminated
     q = np.zeros((16, 4))
@@ -254,27 +258,27 @@ def test_sarsa_learns_the_value_of_the_policy_that_acts() -> None:
         q = (table.probability * (table.reward + 0.9 * alive * q.mean(1)[table.next_state])).sum(2)
     states = reachable(table)
     assert agent.values(states) == pytest.approx(q[states], abs=0.03)
-    assert np.abs(optimal_q(table, 0.9) - q)[states].max() > 0.3  # which is far from Q*
+    assert np.abs(optimal_q(table, 0.9) - q)[states].max() > 0.15  # which is far from Q*
 
 
 @pytest.mark.parametrize(
     "agent",
     [
-        QTable(gamma=0.8, learning_starts=64, lr=0.2),
-        SARSA(gamma=0.8, lr=0.2),
+        # the last state is in one cell with the one before, or else nobody ever acts in it
+        QTable(gamma=0.8, learning_starts=64, lr=0.2, net={"bins": (8,)}),
+        SARSA(gamma=0.8, lr=0.2, backbone="table", net={"bins": (8,)}),
         SARSA(gamma=0.8, lr=0.01, backbone="mlp", net={"hidden": (32,)}),
     ],
     ids=("qtable", "sarsa", "sarsa-mlp"),
 )
 def test_truncation_bootstraps_and_termination_does_not(agent: QTable | SARSA) -> None:
     tabular(agent, "chordate/EndlessReward-v0", 2_000)
-    box = spaces.Box(0, 1, (1,), np.float32)
     assert agent.values(np.zeros((1, 1), np.float32)).max() == pytest.approx(5.0, rel=0.1)
     late = np.full((1, 1), 0.9, np.float32)
     for env_id, last in (("Truncation", 5.0), ("Termination", 1.0)):
         other = type(agent)(agent.config, backbone=agent.backbone, net=agent.net)
         tabular(other, f"chordate/{env_id}-v0", 6_000)
-        assert other.values(late).max() == pytest.approx(last, rel=0.15), (env_id, box)
+        assert other.values(late).max() == pytest.approx(last, rel=0.2), env_id
 
 
 def test_what_follows_a_cut_is_drawn_where_it_was_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +348,9 @@ def test_every_knob_of_q_learning_is_live(name: str) -> None:
 
 @pytest.mark.parametrize("name", [field.name for field in fields(SConfig)])
 def test_every_knob_of_sarsa_is_live(name: str) -> None:
-    kind: dict[str, Any] = dict(backbone="mlp", net={"hidden": (8,)}) if name == "max_grad_norm" else BOX
+    kind: dict[str, Any] = dict(backbone="table", **BOX)
+    if name == "max_grad_norm":
+        kind = dict(backbone="mlp", net={"hidden": (8,)})
 
     def run(**knobs: Any) -> str:
         agent = SARSA(**{"epsilon_steps": 200, **knobs}, **kind)
@@ -357,7 +363,7 @@ def test_every_knob_of_sarsa_is_live(name: str) -> None:
 @pytest.mark.parametrize("name", [field.name for field in knobs_of(Table)])
 def test_every_knob_of_the_table_is_live(name: str) -> None:
     def run(**net: Any) -> str:
-        agent = SARSA(net={**BOX["net"], **net})
+        agent = SARSA(backbone="table", net={**BOX["net"], **net})
         tabular(agent, PAYS, 260)
         return digest(agent)
 
@@ -376,7 +382,9 @@ def test_same_seed_same_bits_another_seed_others(make: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "agent", [QTable(net={"omega": 0.6}), SARSA(), SARSA(backbone="mlp")], ids=("qtable", "sarsa", "sarsa-mlp")
+    "agent",
+    [QTable(net={"omega": 0.6}), SARSA(), SARSA(backbone="mlp")],
+    ids=("qtable", "sarsa", "sarsa-mlp"),
 )
 def test_state_dict_round_trip_is_exact(agent: QTable | SARSA) -> None:
     other = type(agent)(agent.config, backbone=agent.backbone, net=agent.net)
@@ -418,7 +426,9 @@ def test_weights_of_another_table_are_refused() -> None:
 # -- the real command ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.agent in ("qtable", "sarsa")])
+@pytest.mark.parametrize(
+    "name", [name for name, preset in PRESETS.items() if preset.agent in ("qtable", "sarsa")]
+)
 def test_presets_run(tmp_path: Any, name: str) -> None:
     preset = PRESETS[name]
     env_id = envs.full_id(preset.envs[0].removesuffix("-v*"))
