@@ -178,6 +178,18 @@ def test_rows_are_there_at_once_and_whole(tmp_path):
     run.close()
 
 
+def test_episodes_of_a_step_are_rows_each_and_one_event_of_their_means(tmp_path):
+    with Run.create(CONFIG, root=tmp_path) as run:
+        run.episodes(8, 32, 0.5, [1.0, 2.0, 6.0], [10, 20, 60])
+        run.episodes(8, 32, 0.5, [5.0], [4])
+        with pytest.raises(ValueError, match="must not go back, got 7 after 8"):
+            run.episodes(7, 28, 0.5, [1.0], [1])
+        rows = (run.path / "scores.csv").read_text().splitlines()[1:]
+        assert rows == ["8,32,0.5,1.0,10", "8,32,0.5,2.0,20", "8,32,0.5,6.0,60", "8,32,0.5,5.0,4"]
+        run.episodes(9, 36, 0.5, [1.0, 2.0, 6.0], [10, 20, 60])
+    assert scalars(run)["episode/return"][9] == 3.0 and scalars(run)["episode/length"][9] == 30.0
+
+
 def test_steps_do_not_go_back_and_names_are_safe(tmp_path):
     with Run.create(CONFIG, root=tmp_path) as run:
         run.log(10, {"loss/td": 1.0})
