@@ -134,7 +134,15 @@ PRESETS = {
     "qtable-taxi": Preset("qtable", ("Taxi-v*",), QTABLE | TAXI | dict(lr=0.5), TABLE_WHY),
     "qtable-cliff": Preset("qtable", ("CliffWalking-v*",), QTABLE | dict(lr=0.5, gamma=1.0), TABLE_WHY),
     "sarsa-lake": Preset("sarsa", LAKES, SARSA | LAKE, TABLE_WHY),
-    "sarsa-lake8": Preset("sarsa", LAKES_8, SARSA | LAKE | dict(steps=16_000_000, gamma=GAMMA_8), TABLE_WHY),
+    "sarsa-lake8": Preset(
+        "sarsa",
+        LAKES_8,
+        SARSA
+        | LAKE
+        | dict(num_envs=2_048, steps=32_000_000, eval_every=4_000_000, epsilon_steps=16_000_000)
+        | dict(lr=0.05, gamma=GAMMA_8),
+        TABLE_WHY,
+    ),
     "sarsa-taxi": Preset("sarsa", ("Taxi-v*",), SARSA | TAXI, TABLE_WHY),
     "sarsa-cliff": Preset(
         "sarsa",

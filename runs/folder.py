@@ -153,10 +153,9 @@ class Run:
         Shapes: returns, lengths (E,), at least one.
         Units: `seconds` since the start, `returns` in unclipped reward, `lengths` in steps.
         """
-        log, passed = self._log, round(seconds, 3)
-        log.scores.extend(
-            step, [(frames, passed, float(r), int(n)) for r, n in zip(returns, lengths, strict=True)]
-        )
+        log, begin = self._log, f"{frames},{round(seconds, 3)}"
+        pairs = zip(returns, lengths, strict=True)
+        log.scores.extend(step, [f"{begin},{float(return_)},{length}" for return_, length in pairs])
         mean = {"episode/return": sum(returns) / len(returns), "episode/length": sum(lengths) / len(lengths)}
         log.events.scalars(step, mean)
 

@@ -141,7 +141,11 @@ def main(arguments: list[str]) -> int:
     for name in names:
         pick("benchmark", name, dict.fromkeys(NAMES))
     tables = {name for name in names if name in WORKS and WORKS[name].agent == "qtable"}
-    needed = ["psutil", *(["skrl"] if tables else []), *(["stable_baselines3", "cv2"] if set(names) - tables else [])]
+    needed = [
+        "psutil",
+        *(["skrl"] if tables else []),
+        *(["stable_baselines3", "cv2"] if set(names) - tables else []),
+    ]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f'the benchmarks need {", ".join(missing)}: pip install "chordate[bench]"')

@@ -140,7 +140,9 @@ def skrl(work: Work, seconds: float, vectorization: str) -> dict[str, Any]:
 
     class Timed(Q_LEARNING):
         def update(self, *, timestep: int, timesteps: int) -> None:
-            self._current_observations = self._current_observations.long()  # which its own code takes as indices
+            self._current_observations = (
+                self._current_observations.long()
+            )  # which its own code takes as indices
             self._current_next_observations = self._current_next_observations.long()
             super().update(timestep=timestep, timesteps=timesteps)
             marks.append(time.perf_counter())
@@ -149,7 +151,9 @@ def skrl(work: Work, seconds: float, vectorization: str) -> dict[str, Any]:
 
     torch.set_num_threads(work.threads or torch.get_num_threads())
     copies = work.num_envs
-    env: Any = gymnasium.make_vec(work.env, copies, vectorization_mode="sync") if vectorization == "sync" else None
+    env: Any = (
+        gymnasium.make_vec(work.env, copies, vectorization_mode="sync") if vectorization == "sync" else None
+    )
     env = wrap_env(env or envs.make(work.env, copies), verbose=False)
     spaces_ = {"observation_space": env.observation_space, "action_space": env.action_space}
     with tempfile.TemporaryDirectory() as folder:
