@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import fields
 from typing import Any
 
@@ -299,7 +300,7 @@ def test_what_follows_a_cut_is_drawn_where_it_was_cut(monkeypatch: pytest.Monkey
     monkeypatch.setattr(SARSA, "update", taught)
     tabular(agent, "chordate/Truncation-v0", 60, num_envs=2)
     cut = 0
-    for (five, drawn), (later, _) in zip(learned, learned[1:], strict=False):
+    for (five, drawn), (later, _) in itertools.pairwise(learned):
         ended = five.next_obs[:, 0] >= 1
         assert np.array_equal(five.next_action[~ended], later.action[~ended])  # what it took, it learned from
         if ended.any():

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from envs import EnvConfig
 from agents.qtable import QTable
 from agents.sarsa import SARSA
+from envs import EnvConfig
 from tests.tools import tabular, trained
 
 FOLDER = Path(__file__).parent
