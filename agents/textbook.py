@@ -93,7 +93,10 @@ def _table(curves: dict[str, np.ndarray], out: Path) -> Path:
     columns = {"episode": np.arange(1, EPISODES + 1)}
     for agent, each in curves.items():
         columns |= {f"{agent} mean": each.mean(axis=0).round(3), f"{agent} std": each.std(axis=0).round(3)}
-    rows = [",".join(columns), *(",".join(f"{cell:g}" for cell in row) for row in zip(*columns.values()))]
+    rows = [
+        ",".join(columns),
+        *(",".join(f"{cell:g}" for cell in row) for row in zip(*columns.values(), strict=True)),
+    ]
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "textbook.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
