@@ -204,7 +204,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
     resume(tmp_path / "other", steps=240, say=lambda _: None)
     assert Run.open(tmp_path / "other").config["steps"] == 240
     one, other = (Run.open(tmp_path / name).load(240) for name in ("whole", "other"))
-    for group in ("weights", "optimizer", "target"):
+    for group in ("weights", "optimizer", "other"):
         assert all(bool((one[group][name] == other[group][name]).all()) for name in one[group])
     assert rows(tmp_path / "whole" / "scores.csv", "seconds") == rows(
         tmp_path / "other" / "scores.csv", "seconds"
