@@ -23,7 +23,7 @@ format: .venv/dev     ## rewrite files in the house style
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/bench    ## speed and memory against Stable-Baselines3; leave the machine alone meanwhile
+bench: .venv/bench    ## speed and memory against Stable-Baselines3 and skrl; leave the machine alone meanwhile
 	$(BIN)/python -m tests.bench $(ARGS)
 
 faults: .venv/dev     ## kill, damage and starve runs in every way; about a quarter of an hour

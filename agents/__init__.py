@@ -6,12 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agents.dqn import DQN
+    from agents.qtable import QTable
+    from agents.sarsa import SARSA
     from agents.training import resume, train
 
-__all__ = ["AGENTS", "DQN", "load", "resume", "train"]
+__all__ = ["AGENTS", "DQN", "SARSA", "QTable", "load", "resume", "train"]
 
 # name -> module and class; a table of names, so that listing the choices imports no torch
-AGENTS = {"dqn": ("agents.dqn", "DQN")}
+AGENTS = {
+    "dqn": ("agents.dqn", "DQN"),
+    "qtable": ("agents.qtable", "QTable"),
+    "sarsa": ("agents.sarsa", "SARSA"),
+}
 
 
 def load(name: str) -> Any:

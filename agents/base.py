@@ -9,8 +9,9 @@ import numpy as np
 from gymnasium import spaces
 from torch import Tensor
 
+import backbones
 from backbones.compute import Compute
-from replay import Batch, Decision, Update
+from replay import Decision, Update
 
 State = tuple[Any, ...]
 
@@ -19,6 +20,8 @@ class Agent(Protocol):
     """A learner that acts. N environments, B samples; observations are numpy arrays, batches are tensors."""
 
     name: str
+    loop: str  # the function of agents/loop.py that drives it
+    backbones: tuple[str, ...]  # what it runs on, by name
     config: Any
     backbone: Any
     net: dict[str, Any]
@@ -69,8 +72,8 @@ class Agent(Protocol):
         """How much the agent explores at a step (epsilon), for the logs."""
         ...
 
-    def update(self, batch: Batch, steps: int = 1) -> Update:
-        """A gradient step from each of `steps` equal parts of the batch, in order."""
+    def update(self, batch: Any, steps: int = 1) -> Update:
+        """Learn from each of `steps` equal parts of what its loop gives (off_policy: a Batch), in order."""
         ...
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
@@ -84,6 +87,14 @@ class Agent(Protocol):
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Take back what `state_dict` gave."""
         ...
+
+
+def default_backbone(allowed: tuple[str, ...], space: spaces.Space[Any]) -> str:
+    """What of `allowed` suits observations of a space: a table for whole numbers, else a network, if both will do."""
+    whole = isinstance(space, (spaces.Discrete, spaces.MultiDiscrete))
+    if "table" in allowed and (whole or len(allowed) == 1):
+        return "table"
+    return backbones.default(space)
 
 
 def linear(start: float, end: float, steps: int, step: int) -> float:

@@ -121,6 +121,16 @@ class Config:
                     raise UserError(f"--{name.replace('_', '-')} has no effect without {part}")
 
     @property
+    def replay(self) -> dict[str, Any]:
+        """What the replay is asked for, besides its capacity."""
+        chosen = {"n_step": self.n_step, "gamma": self.gamma, "clip_reward": self.clip_reward}
+        return {**chosen, "priority": self.priority}
+
+    def rounds(self, steps: int) -> int:
+        """Updates in so many steps."""
+        return max(steps - self.learning_starts, 0) // self.train_every * self.updates
+
+    @property
     def priority(self) -> Priority | None:
         """What the replay prefers; None: nothing."""
         return Priority(self.alpha, self.beta_start, self.beta_end, self.beta_steps) if self.alpha else None
@@ -242,6 +252,8 @@ class DQN:
 
     name = "dqn"
     Config = Config
+    loop = "off_policy"
+    backbones = tuple(backbones.BACKBONES)
 
     def __init__(
         self,

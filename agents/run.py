@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from agents import AGENTS
+from agents import AGENTS, load
 from runs.config import Parser, RunFailed, UserError, pick, read_json
 
 USAGE = """usage: python -m agents.run AGENT --env ID [flags]
@@ -21,6 +21,7 @@ Train an agent. AGENT is one of: {agents}.
 
   python -m agents.run dqn --env ALE/Pong          its preset chosen by itself
   python -m agents.run dqn --env CartPole-v1 --seed 1 --steps 50_000
+  python -m agents.run qtable --env FrozenLake-v1  thousands of copies at once
   python -m agents.run dqn --help                  every flag, with its default
 
 Then: python -m agents.evaluate RUN, python -m agents.play RUN --video FILE.mp4,
@@ -102,7 +103,6 @@ def _resume(name: str, given: dict[str, Any], strict: bool) -> Any:
 
 def _parser(agent: str, backbone: str) -> Parser:
     """All flags; both backbones' flags are shown until one is chosen."""
-    import backbones
     from agents.training import owners
 
     text = "Values come from: default < preset < --config < flag. Steps are agent decisions."
@@ -115,7 +115,7 @@ def _parser(agent: str, backbone: str) -> Parser:
     where.add_argument("--resume", action="store_true", default=False, help="go on with the run in --run")
     where.add_argument("--strict", action="store_true", default=False, help="refuse to if bits may differ")
     where.add_argument("--config", metavar="FILE", help="JSON file of settings, e.g. a run's config.json")
-    for each in [backbone] if backbone else backbones.BACKBONES:
+    for each in [backbone] if backbone else load(agent).backbones:
         for title, owner in owners(agent, each).items():
             if title not in [group.title for group in parser._action_groups]:
                 parser.add_knobs(title, owner)

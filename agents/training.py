@@ -21,9 +21,10 @@ import numpy as np
 import backbones
 import envs
 from agents import load, presets
-from agents.base import Agent
+from agents.base import Agent, default_backbone
 from agents.evaluate import Evaluator
-from agents.loop import off_policy
+from agents.loop import off_policy, on_policy
+from agents.tables import Table
 from agents.watch import Stop, Watch
 from backbones.compute import ComputeConfig, choose
 from envs import Collector, EnvConfig
@@ -44,7 +45,7 @@ class RunConfig:
     steps: Annotated[int, Knob("agent steps, over all environments", low=1)] = 100_000
     seed: Annotated[int, Knob("everything random follows from it", low=0)] = 0
     num_envs: Annotated[int, Knob("environments stepped together", low=1)] = 1
-    backbone: Annotated[str, Knob("mlp or cnn; chosen by the observation", metavar="NAME")] = ""
+    backbone: Annotated[str, Knob("mlp, cnn or table; chosen by the observation", metavar="NAME")] = ""
     vectorization: Annotated[str, Knob("of environments", choices=("auto", "sync", "async", "vector"))] = (
         "auto"
     )
@@ -86,10 +87,18 @@ class Result:
 
 def owners(agent: str, backbone: str) -> dict[str, Callable[..., Any]]:
     """Who owns which settings, by the title of their group of flags."""
-    net = {} if backbone.startswith(OBJECT) else {f"backbone {backbone}": backbones.load(backbone)}
+    kind = load(agent)
+    net: dict[str, Callable[..., Any]] = {}
+    if not backbone.startswith(OBJECT):
+        if backbone not in kind.backbones:
+            allowed = ", ".join(kind.backbones)
+            raise UserError(
+                f"--backbone of {agent} must be one of {allowed}, got {backbone!r}.{nearest(backbone, kind.backbones)}"
+            )
+        net = {f"backbone {backbone}": Table if backbone == "table" else backbones.load(backbone)}
     return {
         "run": RunConfig,
-        f"agent {agent}": load(agent).Config,
+        f"agent {agent}": kind.Config,
         **net,
         "environment (Atari)": EnvConfig,
         "computing": ComputeConfig,
@@ -118,7 +127,8 @@ def resolve(
         chosen = {key: value for key, value in chosen.items() if key not in atari | {"net"}}
     merged = {**chosen, **asked, "agent": agent, "env": env_id, "preset": name}
     if not merged.get("backbone"):
-        merged["backbone"] = _default_backbone(env_id, {k: v for k, v in merged.items() if k in atari})
+        config = {k: v for k, v in merged.items() if k in atari}
+        merged["backbone"] = _default_backbone(agent, env_id, config)
     groups = owners(agent, merged["backbone"]).values()
     known = {field.name: field.default for owner in groups for field in fields(owner)}
     for key in asked.keys() - known.keys() - {"agent", "preset"}:
@@ -269,9 +279,14 @@ def _train(
     env = envs.make(config.env, config.num_envs, config.seed, chosen.env, **how)
     say(envs.describe(env))
     say(f"preset {settings['preset']}; backbone {settings['backbone']}")
-    compute = choose(chosen.compute, image=_sees_image(env), updates=_updates(config, chosen.agent), say=say)
+    updates = chosen.agent.rounds(
+        config.steps // config.num_envs if agent.loop == "on_policy" else config.steps
+    )
+    compute = choose(chosen.compute, image=_sees_image(env), updates=updates, say=say)
     agent.build(env.single_observation_space, env.single_action_space, compute, of_agent, say)
-    replay = _ring(chosen.agent, config, env, np.random.default_rng(of_replay))
+    replay = None
+    if agent.loop == "off_policy":
+        replay = _ring(chosen.agent, config, env, np.random.default_rng(of_replay))
     collector = Collector(env, _number(of_envs), resumable=True)
     if not collector.exact:
         say(f"{config.env} can neither be saved nor rebuilt: its episodes restart when the run is resumed")
@@ -293,7 +308,10 @@ def _train(
                 raise UserError(
                     f"the checkpoint in {run.path} does not fit its config.json: {error}"
                 ) from None
-        step = off_policy(agent, collector, replay, watch, config.steps, step)
+        if replay is not None:
+            step = off_policy(agent, collector, replay, watch, config.steps, step)
+        else:
+            step = on_policy(agent, collector, watch, config.steps, step)
         seconds, rates = watch.seconds, watch.rates(step)
         watch.save(step)
         collector.close()
@@ -371,11 +389,11 @@ def restore(path: str | Path, which: str) -> tuple[Agent, dict[str, Any], EnvCon
     return agent, settings, chosen.env
 
 
-def _default_backbone(env_id: str, config: Mapping[str, Any]) -> str:
-    """The backbone for what this environment shows; asks a copy of it."""
+def _default_backbone(agent: str, env_id: str, config: Mapping[str, Any]) -> str:
+    """The agent's backbone for what this environment shows; asks a copy of it."""
     env = envs.make(env_id, 1, 0, EnvConfig(**config))
     try:
-        return backbones.default(env.single_observation_space)
+        return default_backbone(load(agent).backbones, env.single_observation_space)
     finally:
         env.close()
 
@@ -389,10 +407,6 @@ def _has_screen(env_id: str, obs: str) -> bool:
 
 def _sees_image(env: Any) -> bool:
     return backbones.default(env.single_observation_space) == "cnn"
-
-
-def _updates(run: RunConfig, agent: Any) -> int:
-    return max(run.steps - agent.learning_starts, 0) // agent.train_every * agent.updates
 
 
 def _ring(agent: Any, config: RunConfig, env: Any, rng: np.random.Generator) -> Ring:
@@ -411,11 +425,8 @@ def _ring(agent: Any, config: RunConfig, env: Any, rng: np.random.Generator) -> 
             space,
             env.single_action_space,
             stack=envs.frame_stack(env),
-            n_step=agent.n_step,
-            gamma=agent.gamma,
-            clip_reward=agent.clip_reward,
-            priority=agent.priority,
             rng=rng,
+            **agent.replay,
         )
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -61,7 +61,7 @@ class Watch:
 
     agent: Agent
     collector: Collector
-    replay: Ring
+    replay: Ring | None  # None: nothing is remembered
     run: Run
     panel: Panel
     stop: Stop
@@ -77,6 +77,7 @@ class Watch:
     _pending: dict[str, Any] | None = None  # metrics of the newest update that is not yet in the log
     _logged: tuple[int, float] = (0, 0.0)
     _told: int = 0  # faults of environments that were reported
+    carried: dict[str, np.ndarray] = field(default_factory=dict)  # what the loop keeps from step to step
     saving: float = 0.0  # seconds spent on checkpoints
     saved: int | None = None  # step of the newest checkpoint
     _best: dict[str, Any] | None = None  # the best state, if the disk did not take it yet
@@ -102,11 +103,12 @@ class Watch:
 
     def after(self, before: int, step: int, episodes: list[Episode], update: Update | None) -> None:
         """Everything that happens after the environments went from step `before` to `step`."""
-        for episode in episodes:
-            self.episodes += 1
-            self._returns.append(episode.return_)
+        if episodes:
+            _, returns, lengths = zip(*episodes, strict=True)
+            self.episodes += len(episodes)
+            self._returns.extend(returns)
             self.panel.update(step, step * self.frame_skip, return_=sum(self._returns) / len(self._returns))
-            self.run.episode(step, step * self.frame_skip, self.seconds, episode.return_, episode.length)
+            self.run.episodes(step, step * self.frame_skip, self.seconds, returns, lengths)
         for at, reason in self.collector.faults[self._told :]:
             self.panel.say(
                 f"after {at:,} steps of each environment {reason}; started anew, its episode is cut"
@@ -197,9 +199,11 @@ class Watch:
         """A checkpoint; a disk that refuses is reported and costs only this one."""
         begun = time.perf_counter()
         self._keep()
+        unchanged = self.replay.unchanged() if self.replay is not None else ()
         try:
-            self.run.save(step, self._state(step), {f"replay/{name}" for name in self.replay.unchanged()})
-            self.replay.saved()
+            self.run.save(step, self._state(step), {f"replay/{name}" for name in unchanged})
+            if self.replay is not None:
+                self.replay.saved()
             self.saved = step
         except OSError as error:
             self.panel.say(
@@ -222,7 +226,11 @@ class Watch:
             "pending": pending,
             "owed": self._owed,
         }
-        kept = {"replay": self.replay.state_dict()} if self.config.save_replay else {}
+        kept = {}
+        if self.replay is not None and self.config.save_replay:
+            kept["replay"] = self.replay.state_dict()
+        if self.carried:
+            kept["loop"] = self.carried
         return {
             **state,
             "counters": {**state["counters"], **counters},
@@ -247,11 +255,13 @@ class Watch:
                 raise ValueError(f"{name} was {before!r}, is {own.get(name)!r}")
         self.agent.load_state_dict(state)
         rebuilt = self.collector.load_state_dict(state["envs"])
-        if "replay" in state:
+        if self.replay is not None and "replay" in state:
             self.replay.load_state_dict(state["replay"])
-        else:
+        elif self.replay is not None:
             self.panel.say("the replay was not saved: learning goes on when it is filled again")
-        if not rebuilt:
+        if rebuilt:
+            self.carried = dict(state.get("loop", {}))
+        else:
             self.panel.say("the environments could not be rebuilt: their episodes restart")
         self.episodes, self.saving = counters["episodes"], counters["saving"]
         self.first_update, self._pending = counters["first_update"], counters["pending"]

@@ -6,7 +6,7 @@ Source: autoreset modes, https://farama.org/Vector-Autoreset-Mode (SAME_STEP is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -180,7 +180,8 @@ class Collector:
 
     def unfinished(self, rows: np.ndarray) -> list[Episode]:
         """The episodes of these envs as they stand."""
-        return [Episode(int(i), float(self._returns[i]), int(self._lengths[i])) for i in rows]
+        columns = (rows.tolist(), self._returns[rows].tolist(), self._lengths[rows].tolist())
+        return list(map(Episode, *columns))
 
     def close(self) -> None:
         """Finish a step under way, then close the env."""
@@ -283,13 +284,15 @@ def _successor(obs: Any, info: dict[str, Any], ended: np.ndarray) -> Any:
     rows = np.flatnonzero(ended)
     final = info["final_obs"]
     if isinstance(final, dict):
-        last = [{name: part[i] for name, part in final.items()} for i in rows]
+        last: Any = [{name: part[i] for name, part in final.items()} for i in rows]
+    elif isinstance(final, np.ndarray) and final.dtype != object:
+        last = final[rows]
     else:
         last = [final[i] for i in rows]  # other rows are None (gymnasium) or uninitialised memory (ale-py)
     return _put(obs, rows, last)
 
 
-def _put(obs: Any, rows: np.ndarray, last: Sequence[Any]) -> Any:
+def _put(obs: Any, rows: np.ndarray, last: Any) -> Any:
     if isinstance(obs, dict):
         return {name: _put(part, rows, [row[name] for row in last]) for name, part in obs.items()}
     if isinstance(obs, tuple):

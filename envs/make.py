@@ -17,6 +17,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrap
 from envs.atari import DEFAULT, Atari, EnvConfig, Game, is_atari, protocol, ram_game, refuse
 from envs.diagnostic import register
 from envs.journal import reset
+from envs.table import TableEnv, tabled
+from envs.table import register as register_tables
 from envs.workers import TIMEOUT, Workers
 from runs.config import UserError, check, nearest
 from runs.streams import pack, unpack
@@ -39,9 +41,9 @@ def make(
     """Make `num_envs` copies of a registered environment, with SAME_STEP autoreset and `info["final_obs"]`.
 
     `auto` takes the native emulator for Atari images, the environment's own vectorised version where there is
-    one and several are asked for, else copies one after the other; `async` puts each copy into a process, whose
-    silence for `timeout` seconds is a failure. `seed` decides the samples of the action space and the first reset
-    that is given no seed. `say` is told what a short id is taken for.
+    one and several are asked for, its transition table where that says all, else copies one after the other; `async`
+    puts each copy into a process, whose silence for `timeout` seconds is a failure. `seed` decides the samples of the
+    action space and the first reset that is given no seed. `say` is told what a short id is taken for.
 
     Raises: UserError for an unknown id, a missing package, a bad count, or a knob that does not apply.
     """
@@ -62,8 +64,13 @@ def make(
         env = _make_general(spec, full_id(env_id), num_envs, vectorization, timeout)
         reset(env, seed)
         line = f"{spec.id}: {_shape(env.single_observation_space)} -> {_shape(env.single_action_space)}"
-        limit = f", at most {spec.max_episode_steps} steps" if spec.max_episode_steps else ""
-        env.metadata = {**env.metadata, "frame_skip": 1, "description": line + limit}
+        line += f", at most {spec.max_episode_steps} steps" if spec.max_episode_steps else ""
+        line += (
+            ", stepped from its transition table"
+            if tabled(spec) and _own(spec, num_envs, vectorization)
+            else ""
+        )
+        env.metadata = {**env.metadata, "frame_skip": 1, "description": line}
     env.metadata = {**env.metadata, "nondeterministic": spec.nondeterministic}
     env.action_space.seed(seed)
     env.single_action_space.seed(seed)
@@ -106,6 +113,7 @@ def resolve(env_id: str, say: Callable[[str], None] | None = None) -> EnvSpec:
     Raises: UserError with the nearest match.
     """
     register()
+    register_tables()
     import ale_py  # noqa: F401  (registers its games)
 
     module, _, name = env_id.rpartition(":")
@@ -161,7 +169,7 @@ def _make_atari(game: Game, num_envs: int, seed: int, vectorization: str, timeou
 
 
 def _make_general(spec: EnvSpec, full: str, num_envs: int, vectorization: str, timeout: float) -> VectorEnv:
-    if vectorization == "vector" or (vectorization == "auto" and num_envs >= ENOUGH):
+    if _own(spec, num_envs, vectorization):
         env = _own_vectorised(spec, num_envs)
         if env is not None:
             return env
@@ -171,7 +179,15 @@ def _make_general(spec: EnvSpec, full: str, num_envs: int, vectorization: str, t
     return _copies(one, num_envs, vectorization, spec.id, str(spec.entry_point), timeout)
 
 
+def _own(spec: EnvSpec, num_envs: int, vectorization: str) -> bool:
+    """Whether the environment's own way to step many at once is wanted."""
+    worth = tabled(spec) or num_envs >= ENOUGH
+    return vectorization == "vector" or (vectorization == "auto" and worth)
+
+
 def _own_vectorised(spec: EnvSpec, num_envs: int) -> VectorEnv | None:
+    if tabled(spec):
+        return TableEnv(spec, num_envs)
     if spec.vector_entry_point is None:
         return None
     try:

@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from replay.types import Batch, Decision, Transition, Update
+from replay.types import Batch, Decision, Five, Transition, Update
 
 if TYPE_CHECKING:
     from replay.ring import Ring
 
-__all__ = ["Batch", "Decision", "Ring", "Transition", "Update"]
+__all__ = ["Batch", "Decision", "Five", "Ring", "Transition", "Update"]
 
 
 def __getattr__(name: str) -> Any:

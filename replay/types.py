@@ -39,6 +39,19 @@ class Batch(NamedTuple):
     index: Tensor  # (B,) where the samples lie, for update_priority
 
 
+class Five(NamedTuple):
+    """One step of N environments and what is done after it, (s, a, r, s', a'): what SARSA learns from."""
+
+    obs: np.ndarray  # (N, *S)
+    action: np.ndarray  # (N, *A)
+    reward: np.ndarray  # (N,)
+    next_obs: np.ndarray  # (N, *S), the true successor
+    terminated: np.ndarray  # (N,) bool
+    next_action: (
+        np.ndarray
+    )  # (N, *A), taken in next_obs; where the episode was cut there, drawn by the policy
+
+
 class Update(NamedTuple):
     """What gradient steps report: scalars of the last one by name, and new priorities if the replay wants them."""
 

@@ -165,14 +165,19 @@ class Run:
         log.metrics.append(step, {name: cell(value) for name, value in values.items()})
         log.events.scalars(step, values)
 
-    def episode(self, step: int, frames: int, seconds: float, return_: float, length: int) -> None:
-        """Write one finished training episode.
+    def episodes(
+        self, step: int, frames: int, seconds: float, returns: Sequence[float], lengths: Sequence[int]
+    ) -> None:
+        """Write the training episodes that finished at a step: a row for each, in one write; an event of their means.
 
-        Units: `seconds` since the start, `return_` in unclipped reward, `length` in steps.
+        Shapes: returns, lengths (E,), at least one.
+        Units: `seconds` since the start, `returns` in unclipped reward, `lengths` in steps.
         """
-        log, row = self._log, (frames, round(seconds, 3), float(return_), int(length))
-        log.scores.append(step, dict(zip(SCORES[1:], map(str, row), strict=True)))
-        log.events.scalars(step, {"episode/return": float(return_), "episode/length": float(length)})
+        log, begin = self._log, f"{frames},{round(seconds, 3)}"
+        pairs = zip(returns, lengths, strict=True)
+        log.scores.extend(step, [f"{begin},{float(return_)},{length}" for return_, length in pairs])
+        mean = {"episode/return": sum(returns) / len(returns), "episode/length": sum(lengths) / len(lengths)}
+        log.events.scalars(step, mean)
 
     def evaluation(self, step: int, returns: Any, seconds: float) -> bool:
         """Write one greedy evaluation; True if its mean is the best of the run so far.

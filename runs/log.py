@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,16 @@ class Table:
         if step < self.last_step:
             raise ValueError(f"{self.path.name}: steps must not go back, got {step} after {self.last_step}")
 
+    def extend(self, step: int, rows: Iterable[str]) -> None:
+        """Write rows of one step, each the text of all its cells after the step, in one write.
+
+        Raises: ValueError if `step` goes back.
+        """
+        self.check_step(step)
+        lines = [f"{step},{row}\n" for row in rows]
+        self.last_step, self.rows = step, self.rows + len(lines)
+        self._queue.add("".join(lines).encode())
+
     def append(self, step: int, cells: Mapping[str, str]) -> None:
         """Write one row; a column without a cell stays empty.
 
@@ -159,7 +169,10 @@ class Table:
         self.last_step, self.rows = step, self.rows + 1
         self._queue.add({"step": str(step), **cells})
 
-    def _put(self, row: dict[str, str]) -> None:
+    def _put(self, row: dict[str, str] | bytes) -> None:
+        if isinstance(row, bytes):
+            self._file.append(row)
+            return
         fresh = [name for name in row if name not in self._columns]
         if fresh:
             self._widen(fresh)

@@ -13,7 +13,7 @@ def make(path, episodes=60, evaluations=3, seconds_per_step=0.01):
     with Run.create({"env": "ALE/Pong-v5", "agent": "dqn", "seed": 1}, path=path) as run:
         for episode in range(episodes):
             step = (episode // 2 + 1) * 1000  # two envs finish in the same step
-            run.episode(step, 4 * step, step * seconds_per_step, float(rng.normal()), 1000)
+            run.episodes(step, 4 * step, step * seconds_per_step, [float(rng.normal())], [1000])
         for index in range(evaluations):
             run.evaluation((index + 1) * 9000, rng.normal(size=5), index * 90.0)
     return run

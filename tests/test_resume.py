@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import envs
-from agents import resume, train
+from agents import load, resume, train
 from agents.evaluate import Evaluator
 from agents.watch import Watch
 from envs import Collector
@@ -34,15 +34,15 @@ def killed_at(monkeypatch, step):
     monkeypatch.setattr(Watch, "after", dying)
 
 
-def interrupted(monkeypatch, tmp_path, env, kill, steps=200, **settings):
+def interrupted(monkeypatch, tmp_path, env, kill, steps=200, agent="dqn", small=SMALL, **settings):
     """The same run twice, undisturbed and killed after `kill` steps; their folders."""
-    settings = {**SMALL, **settings}
+    settings = {**small, **settings}
     whole, other = tmp_path / "whole", tmp_path / "other"
-    train("dqn", env, run=whole, steps=steps, preset="none", say=lambda _: None, **settings)
+    train(agent, env, run=whole, steps=steps, preset="none", say=lambda _: None, **settings)
     with monkeypatch.context() as patch:
         killed_at(patch, kill)
         with pytest.raises(Killed):
-            train("dqn", env, run=other, steps=steps, preset="none", say=lambda _: None, **settings)
+            train(agent, env, run=other, steps=steps, preset="none", say=lambda _: None, **settings)
     result = resume(other, say=lambda _: None)
     assert result.summary["steps"] >= steps and result.summary["finished"]
     return whole, other
@@ -68,6 +68,48 @@ def interrupted(monkeypatch, tmp_path, env, kill, steps=200, **settings):
 @pytest.mark.parametrize("kill", [150])
 def test_a_killed_run_goes_on_to_the_bit(tmp_path, monkeypatch, env, settings, kill):
     assert_same_run(*interrupted(monkeypatch, tmp_path, env, kill, **settings))
+
+
+# what tabular agents have no use for
+RUN = {key: value for key, value in SMALL.items() if key not in load("dqn").Config.__dataclass_fields__}
+REPLAYED = RUN | {key: SMALL[key] for key in ("learning_starts", "batch", "train_every", "capacity")}
+CUT = dict(backbone="table", bins=(4,), low=(-2.4, -3.0, -0.21, -3.0), high=(2.4, 3.0, 0.21, 3.0))
+
+
+@pytest.mark.parametrize(
+    ("agent", "env", "settings"),
+    [
+        ("qtable", "FrozenLake-v1", dict(num_envs=1, **REPLAYED)),
+        ("qtable", "FrozenLake-v1", dict(num_envs=8, omega=0.6, **REPLAYED)),
+        ("qtable", "FrozenLake-v1", dict(num_envs=2, vectorization="sync", **REPLAYED)),
+        ("qtable", "CartPole-v1", dict(num_envs=2, **CUT, **REPLAYED)),
+        ("sarsa", "FrozenLake-v1", dict(num_envs=1, **RUN)),
+        ("sarsa", "FrozenLake-v1", dict(num_envs=8, omega=0.6, **RUN)),
+        ("sarsa", "CartPole-v1", dict(num_envs=2, **CUT, **RUN)),
+        ("sarsa", "CartPole-v1", dict(num_envs=2, backbone="mlp", hidden=(16,), **RUN)),
+        ("sarsa", "chordate/Truncation-v0", dict(num_envs=2, backbone="mlp", hidden=(16,), **RUN)),
+        ("sarsa", "ALE/Pong-v5", dict(num_envs=2, **PIXELS, **RUN)),
+    ],
+)
+@pytest.mark.parametrize("kill", [5, 150])
+def test_tabular_agents_go_on_to_the_bit(tmp_path, monkeypatch, agent, env, settings, kill):
+    assert_same_run(*interrupted(monkeypatch, tmp_path, env, kill, agent=agent, small={}, **settings))
+    counters = Run.open(tmp_path / "other").load("latest")["counters"]
+    assert counters["updates"] > 0
+
+
+def test_sarsa_whose_envs_cannot_be_rebuilt_chooses_anew(tmp_path, monkeypatch):
+    import gymnasium
+
+    gymnasium.register("chordate/Unsteady-v0", lambda: gymnasium.make("CartPole-v1"), nondeterministic=True)
+    try:
+        settings = {**RUN, **CUT, "steps": 200, "preset": "none", "say": lambda _: None}
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killed_at(patch, 150)
+            train("sarsa", "chordate/Unsteady-v0", run=tmp_path / "run", **settings)
+        assert resume(tmp_path / "run", say=lambda _: None).summary["finished"]
+    finally:
+        gymnasium.registry.pop("chordate/Unsteady-v0")
 
 
 @pytest.mark.parametrize("kill", [1, 63, 64, 127, 199])

@@ -87,7 +87,7 @@ def test_env_names_cannot_leave_the_root(tmp_path):
 
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
     with Run.create(CONFIG, path=tmp_path / "mine") as run:
-        run.episode(10, 40, 0.5, -21, 10)
+        run.episodes(10, 40, 0.5, [-21], [10])
     before = {entry: entry.read_bytes() for entry in run.path.iterdir()}
     with pytest.raises(UserError, match="already holds a run; choose another --run or delete it"):
         Run.create(CONFIG, path=tmp_path / "mine")
@@ -178,7 +178,7 @@ def test_rows_are_there_at_once_and_whole(tmp_path):
     run = Run.create(CONFIG, root=tmp_path)
     run.log(1, {"loss/td": 0.5})
     run.log(2, {"loss/td": 0.25, "time/update": 2.0})
-    run.episode(7, 28, 0.1234567, -21.0, 7)
+    run.episodes(7, 28, 0.1234567, [-21.0], [7])
     assert (run.path / "metrics.csv").read_text() == "step,loss/td,time/update\n1,0.5,\n2,0.25,2.0\n"
     assert (run.path / "scores.csv").read_text().splitlines()[1] == "7,28,0.123,-21.0,7"
     assert scalars(run)["episode/return"] == {7: -21.0}
@@ -187,6 +187,18 @@ def test_rows_are_there_at_once_and_whole(tmp_path):
     assert list(run.table("scores")["step"]) == [7]
     run.close()
     run.close()
+
+
+def test_episodes_of_a_step_are_rows_each_and_one_event_of_their_means(tmp_path):
+    with Run.create(CONFIG, root=tmp_path) as run:
+        run.episodes(8, 32, 0.5, [1.0, 2.0, 6.0], [10, 20, 60])
+        run.episodes(8, 32, 0.5, [5.0], [4])
+        with pytest.raises(ValueError, match="must not go back, got 7 after 8"):
+            run.episodes(7, 28, 0.5, [1.0], [1])
+        rows = (run.path / "scores.csv").read_text().splitlines()[1:]
+        assert rows == ["8,32,0.5,1.0,10", "8,32,0.5,2.0,20", "8,32,0.5,6.0,60", "8,32,0.5,5.0,4"]
+        run.episodes(9, 36, 0.5, [1.0, 2.0, 6.0], [10, 20, 60])
+    assert scalars(run)["episode/return"][9] == 3.0 and scalars(run)["episode/length"][9] == 30.0
 
 
 def test_steps_do_not_go_back_and_names_are_safe(tmp_path):

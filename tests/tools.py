@@ -15,7 +15,9 @@ from gymnasium import spaces
 
 import envs
 from agents.dqn import DQN
-from agents.loop import off_policy
+from agents.loop import off_policy, on_policy
+from agents.qtable import QTable
+from agents.sarsa import SARSA
 from backbones.compute import Compute
 from envs import Collector
 from replay import Batch, Ring
@@ -58,6 +60,7 @@ class Quiet:
 
     def __init__(self, between: Any = None) -> None:
         self.stopping, self.updates, self.episodes, self.between = False, [], [], between
+        self.carried: dict[str, np.ndarray] = {}
 
     def after(self, before: int, step: int, episodes: list[Any], update: Any) -> None:
         self.episodes += [(step, episode.return_, episode.length) for episode in episodes]
@@ -107,11 +110,8 @@ def trained(
         env.single_observation_space,
         env.single_action_space,
         stack=envs.frame_stack(env),
-        n_step=config.n_step,
-        gamma=config.gamma,
-        clip_reward=config.clip_reward,
-        priority=config.priority,
         rng=np.random.default_rng(seed),
+        **config.replay,
     )
     watch, collector = Quiet(between), Collector(env, seed, overlap=overlap)
     off_policy(agent, collector, replay, watch, steps)  # type: ignore[arg-type]  # duck-typed watch
@@ -119,11 +119,36 @@ def trained(
     return agent, watch
 
 
-def digest(agent: DQN) -> str:
-    """A hash of all weights, bit by bit."""
-    data = b"".join(
-        tensor.detach().contiguous().numpy().tobytes() for tensor in agent.online.state_dict().values()
-    )
+def tabular(
+    agent: QTable | SARSA,
+    env_id: str,
+    steps: int,
+    *,
+    seed: int = 0,
+    num_envs: int = 1,
+    between: Any = None,
+) -> Quiet:
+    """Train one of the agents that hold Q in a table or a net, through its real loop."""
+    register()
+    torch.set_num_threads(1)
+    env = envs.make(env_id, num_envs, seed)
+    collector, watch = Collector(env, seed), Quiet(between)
+    seen, acted = env.single_observation_space, env.single_action_space
+    agent.build(seen, acted, CPU, np.random.SeedSequence(seed), print)
+    if agent.loop == "off_policy":
+        config = agent.config
+        ring = Ring(config.capacity, num_envs, seen, acted, rng=np.random.default_rng(seed), **config.replay)
+        off_policy(agent, collector, ring, watch, steps)  # type: ignore[arg-type]  # duck-typed watch
+    else:
+        on_policy(agent, collector, watch, steps)  # type: ignore[arg-type]  # duck-typed watch
+    collector.close()
+    return watch
+
+
+def digest(agent: DQN | QTable | SARSA) -> str:
+    """A hash of all that it acts by, bit by bit."""
+    weights = agent.state_dict()["weights"].values()
+    data = b"".join(tensor.detach().contiguous().numpy().tobytes() for tensor in weights)
     return hashlib.sha256(data).hexdigest()
 
 

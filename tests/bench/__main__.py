@@ -43,6 +43,7 @@ class Bench:
             return self.part("memory", name, 20_000 if self.quick else 1_000_000)
         if name == "ceiling":
             works = [each for each in names if each in WORKS] or list(WORKS)
+            works = [each for each in works if WORKS[each].agent == "dqn"]
             return {each: self.part("ceiling", each, 0.3 if self.quick else 1.5) for each in works}
         work = WORKS[name]
         seconds = 1.0 if self.quick else 8.0 if work.frame_skip > 1 else 5.0
@@ -139,13 +140,21 @@ def main(arguments: list[str]) -> int:
     names = list(dict.fromkeys(given.get("names") or NAMES))
     for name in names:
         pick("benchmark", name, dict.fromkeys(NAMES))
-    if any(importlib.util.find_spec(name) is None for name in ("stable_baselines3", "cv2", "psutil")):
-        raise UserError('the benchmarks need Stable-Baselines3: pip install "chordate[bench]"')
+    tables = {name for name in names if name in WORKS and WORKS[name].agent == "qtable"}
+    needed = [
+        "psutil",
+        *(["skrl"] if tables else []),
+        *(["stable_baselines3", "cv2"] if set(names) - tables else []),
+    ]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f'the benchmarks need {", ".join(missing)}: pip install "chordate[bench]"')
     console, facts = Console(), origin()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(folder, given["quick"], max(given.get("rounds", 3), 1), console)
         results = {name: bench.measure(name, names) for name in names}
-    machine, peer = facts["machine"], f"Stable-Baselines3 {metadata.version('stable-baselines3')}"
+    rivals = [name for name in ("stable-baselines3", "skrl") if name.replace("-", "_") in needed]
+    machine, peer = facts["machine"], ", ".join(f"{name} {metadata.version(name)}" for name in rivals)
     where = f"{machine['cpu']}, {machine['cores']} cores, torch {facts['versions']['torch']}"
     console.print(table(results, f"{peer}, {where}\ncommit {facts['commit']}{', QUICK' * given['quick']}"))
     console.print(*_notes(results), sep="\n", highlight=False, soft_wrap=True)

@@ -20,7 +20,7 @@ import psutil
 from gymnasium import spaces
 
 import envs
-from agents import AGENTS
+from agents import AGENTS, load
 from agents.dqn import DQN
 from agents.training import parts, resolve, train
 from agents.watch import WARM_UPDATES
@@ -30,29 +30,32 @@ from replay.ring import FINAL, Ring
 from tests.bench.works import WORKS, Work
 
 
-class Timed(DQN):
-    """DQN that asks its run to stop, as Ctrl-C does, `seconds` after it is warm."""
+def timed(kind: type[Any], seconds: float) -> type[Any]:
+    """The agent, asking its run to stop, as Ctrl-C does, `seconds` after it is warm."""
 
-    seconds = 0.0
-    _end = math.inf
+    class Timed(kind):
+        _end = math.inf
 
-    def update(self, batch: Batch, steps: int = 1) -> Update:
-        done, now = super().update(batch, steps), time.perf_counter()
-        if self.updates >= WARM_UPDATES > self.updates - steps:
-            self._end = now + Timed.seconds
-        elif now >= self._end:
-            self._end = math.inf
-            signal.raise_signal(signal.SIGTERM)
-        return done
+        def update(self, batch: Batch, steps: int = 1) -> Update:
+            done, now = super().update(batch, steps), time.perf_counter()
+            if self.updates >= WARM_UPDATES > self.updates - steps:
+                self._end = now + seconds
+            elif now >= self._end:
+                self._end = math.inf
+                signal.raise_signal(signal.SIGTERM)
+            return done
+
+    return Timed
 
 
 def ours(work: Work, seconds: float) -> dict[str, Any]:
     """A real run, folder and all, by the path that the command takes."""
-    Timed.seconds, AGENTS["dqn"] = seconds, (Timed.__module__, "Timed")
+    globals()["Timed"] = timed(load(work.agent), seconds)
+    AGENTS[work.agent] = (__name__, "Timed")
     said: list[tuple[float, str]] = []
     with tempfile.TemporaryDirectory() as root:
         options: Any = {"root": root, "preset": "none", "say": lambda line: said.append((time.time(), line))}
-        summary = train("dqn", work.env, **options, **work.settings).summary
+        summary = train(work.agent, work.env, **options, **work.settings).summary
     # the run's own clock starts after the imports, just before it says its first line
     late = said[0][0] - psutil.Process().create_time()
     return {
@@ -102,6 +105,74 @@ def peer(work: Work, seconds: float, vectorization: str) -> dict[str, Any]:
         "steps": model.num_timesteps,
         "updates": model._n_updates,
         "compute": f"cpu, torch threads {torch.get_num_threads()}, fp32, eager update",
+    }
+
+
+def skrl(work: Work, seconds: float, vectorization: str) -> dict[str, Any]:
+    """skrl's tabular Q-learning with its own trainer, on scalar copies or on the same table environment as ours.
+
+    It learns from the newest step of every environment, without replay: as many samples as ours, cheaper to get.
+    """
+    import gymnasium
+    import torch
+    from skrl.agents.torch.q_learning import Q_LEARNING  # type: ignore[import-not-found]  # of the extra "bench"
+    from skrl.envs.wrappers.torch import wrap_env  # type: ignore[import-not-found]  # likewise
+    from skrl.models.torch import Model, TabularMixin  # type: ignore[import-not-found]  # likewise
+    from skrl.trainers.torch import SequentialTrainer  # type: ignore[import-not-found]  # likewise
+
+    class Finished(Exception):
+        pass
+
+    class Greedy(TabularMixin, Model):  # as in skrl's example for this environment
+        def __init__(self, **spaces: Any) -> None:
+            Model.__init__(self, device="cpu", **spaces)
+            TabularMixin.__init__(self)
+            table = torch.zeros(int(spaces["observation_space"].n), int(spaces["action_space"].n))
+            self.q_table = torch.nn.Parameter(table, requires_grad=False)
+
+        def compute(self, inputs: dict[str, Any], role: str) -> Any:
+            actions = self.q_table[inputs["observations"].long()].argmax(dim=-1).view(-1, 1)
+            explore = (torch.rand(len(actions)) < work.settings["epsilon_end"]).nonzero().view(-1)
+            actions[explore] = torch.randint(self.q_table.shape[1], (len(explore), 1))
+            return actions, {}
+
+    marks: list[float] = []
+
+    class Timed(Q_LEARNING):
+        def update(self, *, timestep: int, timesteps: int) -> None:
+            self._current_observations = (
+                self._current_observations.long()
+            )  # which its own code takes as indices
+            self._current_next_observations = self._current_next_observations.long()
+            super().update(timestep=timestep, timesteps=timesteps)
+            marks.append(time.perf_counter())
+            if len(marks) > WARM_UPDATES and marks[-1] - marks[WARM_UPDATES] > seconds:
+                raise Finished
+
+    torch.set_num_threads(work.threads or torch.get_num_threads())
+    copies = work.num_envs
+    env: Any = (
+        gymnasium.make_vec(work.env, copies, vectorization_mode="sync") if vectorization == "sync" else None
+    )
+    env = wrap_env(env or envs.make(work.env, copies), verbose=False)
+    spaces_ = {"observation_space": env.observation_space, "action_space": env.action_space}
+    with tempfile.TemporaryDirectory() as folder:
+        config = {"discount_factor": work.settings["gamma"], "learning_rate": work.settings["lr"]}
+        config["experiment"] = {"directory": folder, "write_interval": 10, "checkpoint_interval": 0}
+        agent = Timed(models={"policy": Greedy(**spaces_)}, device="cpu", cfg=config, **spaces_)
+        trainer = SequentialTrainer(
+            env=env, agents=agent, cfg={"timesteps": 10**9, "headless": True, "disable_progressbar": True}
+        )
+        try:
+            trainer.train()
+        except Finished:
+            pass
+    counted = len(marks) - 1 - WARM_UPDATES
+    return {
+        "steps_per_second": counted * copies / (marks[-1] - marks[WARM_UPDATES]),
+        "steps": len(marks) * copies,
+        "updates": len(marks),
+        "compute": f"cpu, torch threads {torch.get_num_threads()}, fp32, {vectorization} environments",
     }
 
 
@@ -174,7 +245,8 @@ def main(side: str, name: str, amount: str, file: str) -> None:
         found = memory(int(amount))
     else:
         work, seconds = WORKS[name], float(amount)
-        found = alone[side](work, seconds) if side in alone else peer(work, seconds, side)
+        other = skrl if work.agent == "qtable" else peer
+        found = alone[side](work, seconds) if side in alone else other(work, seconds, side)
     Path(file).write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -29,6 +29,9 @@ PONG = (
     | {"capacity": 50_000, "epsilon_start": 0.05, "epsilon_end": 0.05}
 )
 CARTPOLE = PRESETS["cartpole"].settings | {"backbone": "mlp", "double": "off", "epsilon_start": 0.04}
+# without end; skrl learns from every step from the first on, at one epsilon
+LAKE = PRESETS["qtable-lake"].settings | {"steps": 10**9, "gamma": 0.99, "updates": 1, "learning_starts": 1}
+LAKE |= {"epsilon_start": 0.3, "log_every": 40_960}
 ZOO = {"target_update_interval": 10, "policy_kwargs": {"net_arch": [256, 256]}}
 
 
@@ -41,6 +44,7 @@ class Work:
     target: float  # ratio of speeds that is promised
     settings: dict[str, Any]
     peers: tuple[str, ...] = ("DummyVecEnv",)  # vector envs that the peer is tried with; its best one counts
+    agent: str = "dqn"  # qtable races with skrl, which alone has a tabular agent
     threads: int = 0  # torch threads of the peer; 0 leaves its default
     extra: dict[str, Any] = field(default_factory=dict)  # the peer's arguments that have no counterpart
 
@@ -72,6 +76,9 @@ WORKS = {
     "dqn-pong-1": Work("ALE/Pong-v5", 4, 2.5, PONG | QUIET),
     "dqn-pong-8": Work(
         "ALE/Pong-v5", 4, 2.5, PONG | QUIET | {"num_envs": 8}, ("DummyVecEnv", "SubprocVecEnv")
+    ),
+    "qtable-frozenlake": Work(
+        "FrozenLake-v1", 1, 1.0, LAKE | QUIET, ("sync", "table"), agent="qtable", threads=1
     ),
     # the peer is faster on one thread here
     "dqn-cartpole": Work("CartPole-v1", 1, 3.0, CARTPOLE | QUIET, threads=1, extra=ZOO),

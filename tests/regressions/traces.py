@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from agents.qtable import QTable
+from agents.sarsa import SARSA
 from envs import EnvConfig
-from tests.tools import trained
+from tests.tools import tabular, trained
 
 FOLDER = Path(__file__).parent
+LAKE = "chordate/FrozenLakeDeterministic-v0"
 LIGHT = {"net": "light", "features": 32, "norm": True}
 
 # name -> environment, steps and settings
@@ -32,16 +36,32 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+# name -> agent, environment, steps
+TABULAR: dict[str, tuple[Callable[[], Any], str, int]] = {
+    "qtable-frozenlake": (lambda: QTable(learning_starts=100, train_every=4, lr=0.3, net={"omega": 0.6}), LAKE, 4_000),
+    "sarsa-frozenlake": (lambda: SARSA(lr=0.3, epsilon_steps=2_000), LAKE, 4_000),
+    "sarsa-mlp-cartpole": (
+        lambda: SARSA(backbone="mlp", net={"hidden": (32,)}, epsilon_steps=200), "CartPole-v1", 400,
+    ),
+}  # fmt: skip
+METRICS = {"loss": "loss/td", "q": "q/mean", "target": "q/target", "grad_norm": "train/grad_norm"}
+
+
 def trace(name: str, seed: int = 1) -> dict[str, Any]:
-    """Losses and values at ten updates, finished episodes, and the norm of each weight after the run."""
-    env_id, steps, settings = RUNS[name]
-    agent, watch = trained(env_id, steps, seed=seed, **settings)
+    """Metrics at ten updates, finished episodes, and the norm of each weight after the run."""
+    if name in RUNS:
+        env_id, steps, settings = RUNS[name]
+        agent, watch = trained(env_id, steps, seed=seed, **settings)
+        metrics, weights = ("loss", "q", "grad_norm"), agent.online.state_dict()
+    else:
+        make, env_id, steps = TABULAR[name]
+        agent = make()
+        watch = tabular(agent, env_id, steps, seed=seed, num_envs=4)
+        metrics, weights = ("loss", "target"), agent.state_dict()["weights"]
     chosen = np.linspace(0, len(watch.updates) - 1, 10).astype(int)
     return {
-        "loss": [watch.updates[i]["loss/td"] for i in chosen],
-        "q": [watch.updates[i]["q/mean"] for i in chosen],
-        "grad_norm": [watch.updates[i]["train/grad_norm"] for i in chosen],
+        **{key: [watch.updates[i][METRICS[key]] for i in chosen] for key in metrics},
         "episodes": [list(episode) for episode in watch.episodes],
-        "weights": {key: float(torch.linalg.vector_norm(w)) for key, w in agent.online.state_dict().items()},
+        "weights": {key: float(torch.linalg.vector_norm(w)) for key, w in weights.items()},
         "updates": agent.updates,
     }

@@ -1,0 +1,185 @@
+"""SARSA: learn the value of the policy that acts, from the action that it really takes next.
+
+    y = r + discount * Q(s', a')        discount = gamma (1 - terminated)
+    a table:      Q(s, a) <- Q(s, a) + lr / n(s, a)^omega * (y - Q(s, a))
+    a network:    L = mean_N (y - Q(s, a))^2 / 2, one step of Adam
+
+a' is the action taken in s'. Where the episode was truncated at s', nobody acts there: a' is then an action that the
+policy draws there. The same class runs on a table and on any backbone: what holds Q is a part.
+
+Source: Rummery and Niranjan 1994; Sutton and Barto 2018, section 6.4, and on a network section 10.1 (semi-gradient, as
+y has no gradient); course notes 6.3.1.
+
+Deviations: (1) the notes' target lacks its gamma; (2) all environments are learned from at once, a pair (s, a) that
+occurs several times from the mean of its targets (agents/tables.py); (3) Adam instead of plain gradient descent on a
+network, and the gradient's norm is clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+import backbones
+from agents.adam import Adam
+from agents.base import default_backbone, linear
+from agents.dqn import QNet, td_loss
+from agents.tables import Table
+from agents.values import EpsilonGreedy, Holder
+from backbones.compute import Compute, guarded_compile
+from backbones.dense import FEW
+from replay import Five, Update
+from runs.config import Knob, UserError, check
+
+
+@dataclass(frozen=True)
+class Config:
+    """The knobs of SARSA; steps are agent decisions over all environments. Those of table or backbone are their own."""
+
+    lr: Annotated[float | None, Knob("step size; by itself 0.1 on a table, 1e-3 on a network", above=0)] = (
+        None
+    )
+    gamma: Annotated[float, Knob("discount of one step", low=0, high=1)] = 0.99
+    max_grad_norm: Annotated[float, Knob("gradients of a network are scaled down to this norm", above=0)] = (
+        10.0
+    )
+    epsilon_start: Annotated[float, Knob("share of random actions at first", low=0, high=1)] = 1.0
+    epsilon_end: Annotated[float, Knob("share of random actions in the end", low=0, high=1)] = 0.05
+    epsilon_steps: Annotated[int, Knob("steps from the first to the last epsilon", low=1)] = 50_000
+
+    def __post_init__(self) -> None:
+        """Raises: UserError for a value out of range."""
+        check(Config, vars(self))
+
+    def rounds(self, steps: int) -> int:
+        """Updates in so many steps of one environment."""
+        return steps
+
+
+def sarsa_target(
+    reward: np.ndarray, discount: np.ndarray, next_q: np.ndarray, next_action: np.ndarray
+) -> np.ndarray:
+    """y = r + discount * Q(s', a').
+
+    Shapes: reward, discount, next_action (B,); next_q (B, A) -> (B,).
+    Source: Sutton and Barto 2018, eq. 6.7.
+    """
+    return reward + discount * next_q[np.arange(len(next_action)), next_action]
+
+
+class Net:
+    """A network that holds Q, with its own optimiser; see `Holder`."""
+
+    def __init__(
+        self, net: QNet, lr: float, max_norm: float, compute: Compute, say: Callable[[str], None]
+    ) -> None:
+        """Put Adam beside the net."""
+        self.net, self.compute = net.to(compute.device), compute
+        learned = (p for p in net.parameters() if p.requires_grad)  # a backbone may come frozen
+        self.optimizer = Adam(learned, lr=lr, eps=1e-8, max_norm=max_norm)
+        self._quick = net.quick() if compute.device == "cpu" else None
+        self._graph = guarded_compile(self._step, say) if compute.compile else self._step
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the net."""
+        return sum(parameter.numel() for parameter in self.net.parameters())
+
+    @property
+    def skipped_in_row(self) -> int:
+        """Steps skipped since the last good one."""
+        return int(self.optimizer.in_row)
+
+    def values(self, obs: Any) -> np.ndarray:
+        """Q(s, .) (N, A) float32 of observations (N, *S)."""
+        if self._quick is not None and len(obs) <= FEW:
+            return self._quick(obs)
+        with self.compute.acting():
+            return self.net(self._tensor(obs)).cpu().numpy()
+
+    def learn(self, obs: Any, action: np.ndarray, target: np.ndarray) -> dict[str, Tensor]:
+        """Loss, gradient and one step of Adam."""
+        self.compute.learning()
+        self.optimizer.begin()
+        goal = self._tensor(target.astype(np.float32, copy=False))
+        metrics = self._graph(self._tensor(obs), self._tensor(action), goal)
+        return metrics | {"train/skipped": self.optimizer.skipped}
+
+    def _step(self, obs: Any, action: Tensor, target: Tensor) -> dict[str, Tensor]:
+        with self.compute.autocast():
+            q = self.net(obs)
+        loss, _ = td_loss(q, action, target, torch.ones_like(target), huber=False)
+        gradients = torch.autograd.grad(loss, self.optimizer.parameters)
+        norm = self.optimizer.step(gradients, loss.detach())
+        return {"loss/td": loss.detach(), "train/grad_norm": norm}
+
+    def _tensor(self, part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: self._tensor(leaf) for name, leaf in part.items()}
+        return torch.as_tensor(part).to(self.compute.device)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Weights, and the optimiser's moments."""
+        return {"weights": dict(self.net.state_dict()), "optimizer": self.optimizer.state_dict()}
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Take back the weights."""
+        self.net.load_state_dict(weights)
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Take back all that `state_dict` gave."""
+        self.load_weights(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class SARSA(EpsilonGreedy):
+    """The agent; `build` gives it a table or a network, then it can act and learn."""
+
+    name = "sarsa"
+    Config = Config
+    loop = "on_policy"
+    backbones = ("table", *backbones.BACKBONES)
+
+    def hold(
+        self,
+        observation_space: spaces.Space[Any],
+        compute: Compute,
+        seed: np.random.SeedSequence,
+        say: Callable[[str], None],
+    ) -> Holder:
+        """A table where the observation is a number or several, or where it is asked for; else a network."""
+        config, backbone = self.config, self.backbone or default_backbone(self.backbones, observation_space)
+        if backbone == "table":
+            if config.max_grad_norm != Config.max_grad_norm:
+                raise UserError("--max-grad-norm has no effect on a table: it has no gradient")
+            lr = 0.1 if config.lr is None else config.lr
+            if lr > 1:
+                raise UserError(
+                    f"--lr is the part of the way to the target on a table, at most 1, got {lr:g}"
+                )
+            return Table(observation_space, self.actions, lr, **self.net)
+        with torch.random.fork_rng(devices=[]):  # torch's initialisers take no generator
+            torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+            net = QNet(backbones.build(backbone, observation_space, **self.net), self.actions)
+        lr = 1e-3 if config.lr is None else config.lr
+        return Net(net, lr, config.max_grad_norm, compute, say)
+
+    def exploration(self, step: int) -> float:
+        """The line from epsilon_start to epsilon_end."""
+        config = self.config
+        return linear(config.epsilon_start, config.epsilon_end, config.epsilon_steps, step)
+
+    def update(self, batch: Five, steps: int = 1) -> Update:
+        """Learn from one step of every environment."""
+        discount = self.config.gamma * ~batch.terminated
+        next_q = self.q.values(batch.next_obs)  # (N, A)
+        target = sarsa_target(batch.reward, discount, next_q, batch.next_action - self._start)
+        metrics = self.q.learn(batch.obs, batch.action - self._start, target)
+        self.updates += 1
+        return Update(metrics | {"q/target": torch.tensor(target.mean())}, None)
