@@ -141,9 +141,9 @@ class Journal:
         """Steps all envs together, each from its own seeded reset on, so that all arrive at once."""
         longest = int(self._length.max())
         waits = longest - self._length  # (N,) steps until its past begins
-        obs = None
+        obs = restart(self._env, np.ones(len(waits), bool), self._seeds)  # a new process wants a reset first
         for t in range(longest + 1):
-            if (waits == t).any():
+            if t and (waits == t).any():
                 obs = restart(self._env, waits == t, self._seeds)
             if t < longest:
                 # what an env does before its seeded reset does not count: any valid action will do

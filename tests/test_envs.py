@@ -17,7 +17,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from envs import Collector, EnvConfig, describe, frame_skip, full_id, make
 from envs.atari import Atari, protocol
 from envs.collect import spread
-from envs.make import SameStepCartPole, resolve
+from envs.make import ENOUGH, SameStepCartPole, resolve
 from runs.config import UserError
 
 
@@ -132,10 +132,11 @@ def test_the_registered_protocol_is_taken_and_knobs_lie_over_it() -> None:
 def test_which_kind_of_vector_env_is_chosen() -> None:
     kinds = {"ALE/Pong-v5": Atari, "PongNoFrameskip-v4": Atari, "CartPole-v1": SameStepCartPole}
     for env_id, kind in {**kinds, "Acrobot-v1": SyncVectorEnv}.items():
-        env = make(env_id, 2)
-        assert type(env) is kind and env.num_envs == 2
+        env = make(env_id, ENOUGH)
+        assert type(env) is kind and env.num_envs == ENOUGH
         assert env.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
         env.close()
+    assert type(make("CartPole-v1", ENOUGH - 1)) is SyncVectorEnv
     env = make("Acrobot-v1", 2, vectorization="async")
     assert isinstance(env, AsyncVectorEnv)
     env.close()
@@ -280,7 +281,7 @@ def test_ram_equals_the_scalar_emulator() -> None:
 
 @pytest.mark.parametrize("steps", [600])
 def test_cartpole_equals_the_scalar_one_step_by_step(steps: int) -> None:
-    env = make("CartPole-v1", 3)
+    env = make("CartPole-v1", 3, vectorization="vector")
     collector = Collector(env, 0)
     scalar = [gymnasium.make("CartPole-v1") for _ in range(3)]
     base = env.unwrapped
