@@ -23,7 +23,7 @@ from runs.config import Parser, UserError, pick
 from runs.origin import origin
 from tests.bench.works import WORKS
 
-NAMES = (*WORKS, "memory", "ceiling")
+NAMES = (*WORKS, "memory", "saving", "ceiling")
 BYTES, FIRST_UPDATE = 7_300, 30.0  # promised: of a transition (so a million fit in 7.5 GB); seconds
 Found = dict[str, Any]
 
@@ -41,6 +41,9 @@ class Bench:
         """All numbers of a benchmark; a comparison goes A B A B."""
         if name == "memory":
             return self.part("memory", name, 20_000 if self.quick else 1_000_000)
+        if name == "saving":
+            sizes = [10_000] if self.quick else [100_000, 1_000_000]
+            return {f"{size:,}": self.part("saving", name, size) for size in sizes}
         if name == "ceiling":
             works = [each for each in names if each in WORKS] or list(WORKS)
             works = [each for each in works if WORKS[each].agent == "dqn"]
@@ -94,6 +97,12 @@ def table(results: dict[str, Found], title: str) -> Table:
         total, stored = max(full["rss_growth"], full["nbytes"]), full["transitions"]
         cell = f"{total / stored:,.0f} bytes\n{total / 1e9:.2f} GB for\n{stored:,}"
         grid.add_row("memory", cell, "", "", _target(f"<= {BYTES:,}", total / stored <= BYTES))
+    for size, one in results.get("saving", {}).items():
+        cell = one.get("skipped") or "\n".join(
+            f"{one[f'seconds_{kind}']:.1f} s, {one[f'bytes_{kind}'] / 1e9:.2f} GB"
+            for kind in ("whole", "later")
+        )
+        grid.add_row(f"saving {size}\nwhole, then after\n100,000 steps", cell)
     return grid
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from agents.watch import WARM_UPDATES
 from backbones.compute import choose
 from replay import Batch, Transition, Update
 from replay.ring import FINAL, Ring
+from runs import Run
 from tests.bench.works import WORKS, Work
 
 
@@ -176,28 +178,60 @@ def skrl(work: Work, seconds: float, vectorization: str) -> dict[str, Any]:
     }
 
 
-def memory(capacity: int, num_envs: int = 8) -> dict[str, Any]:
+class Filler:
+    """A ring of Atari observations, and steps to fill it with."""
+
+    def __init__(self, capacity: int, num_envs: int = 8) -> None:
+        self.rng, self.num_envs = np.random.default_rng(0), num_envs
+        self.pool = self.rng.integers(256, size=(1_000, 1, 84, 84), dtype=np.uint8)
+        space = spaces.Box(0, 255, (4, 84, 84), np.uint8)
+        self.ring = Ring(capacity, num_envs, space, spaces.Discrete(6), stack=4, rng=self.rng)
+        self._obs, self._first = self._draw(), np.ones(num_envs, bool)
+
+    def _draw(self) -> np.ndarray:  # (N, 4, 84, 84) without a copy: the ring reads the newest frame only
+        chosen = self.pool[self.rng.integers(len(self.pool), size=self.num_envs)]
+        return np.broadcast_to(chosen, (self.num_envs, 4, 84, 84))
+
+    def add(self, steps: int) -> None:
+        """Steps of every environment."""
+        reward, never = np.ones(self.num_envs, np.float32), np.zeros(self.num_envs, bool)
+        for _ in range(steps):
+            action, later = self.rng.integers(6, size=self.num_envs), self._draw()
+            ended = self.rng.random(self.num_envs) < 1 / 800
+            self.ring.add(Transition(self._obs, action, reward, later, ended, never, self._first))
+            self._obs, self._first = self._draw() if ended.any() else later, ended
+
+
+def memory(capacity: int) -> dict[str, Any]:
     """Fill a ring of Atari observations past its end; see what it counts and what the process grew by."""
-    free, rng = psutil.virtual_memory().available, np.random.default_rng(0)
+    free = psutil.virtual_memory().available
     if free < capacity * 8_000:
         return {"skipped": f"only {free / 1e9:.1f} GB are free"}
-    pool = rng.integers(256, size=(1_000, 1, 84, 84), dtype=np.uint8)
-
-    def draw() -> np.ndarray:  # (N, 4, 84, 84) without a copy: the ring reads the newest frame only
-        return np.broadcast_to(pool[rng.integers(len(pool), size=num_envs)], (num_envs, 4, 84, 84))
-
     before = psutil.Process().memory_info().rss
-    space = spaces.Box(0, 255, (4, 84, 84), np.uint8)
-    ring = Ring(capacity, num_envs, space, spaces.Discrete(6), stack=4, rng=rng)
-    reward, never = np.ones(num_envs, np.float32), np.zeros(num_envs, bool)
-    obs, first = draw(), ~never
-    for _ in range(ring.slots + 10):
-        next_obs, ended = draw(), rng.random(num_envs) < 1 / 800
-        ring.add(Transition(obs, rng.integers(6, size=num_envs), reward, next_obs, ended, never, first))
-        obs, first = draw() if ended.any() else next_obs, ended
-    grown = psutil.Process().memory_info().rss - before
-    stored = int((ring.state_dict()["flag"] != FINAL).sum())
-    return {"transitions": stored, "rss_growth": grown, "nbytes": ring.nbytes}
+    filler = Filler(capacity)
+    filler.add(filler.ring.slots + 10)
+    grown = psutil.Process().memory_info().rss - before - filler.pool.nbytes
+    stored = int((filler.ring.state_dict()["flag"] != FINAL).sum())
+    return {"transitions": stored, "rss_growth": grown, "nbytes": filler.ring.nbytes}
+
+
+def saving(capacity: int, every: int = 100_000) -> dict[str, Any]:
+    """How long training stands still while a full Atari replay is saved, first whole and then after `every` steps."""
+    free = psutil.virtual_memory().available, shutil.disk_usage(tempfile.gettempdir()).free
+    if min(free[0], free[1] / 2) < capacity * 8_000:
+        return {"skipped": f"{free[0] / 1e9:.1f} GB of memory and {free[1] / 1e9:.1f} GB of disk are free"}
+    filler, found = Filler(capacity), {"transitions": capacity}
+    filler.add(filler.ring.slots + 10)
+    with tempfile.TemporaryDirectory() as root, Run.create({"env": "e", "agent": "a"}, root=root) as run:
+        for step, name in enumerate(("whole", "later")):
+            kept, before = filler.ring.unchanged(), shutil.disk_usage(root).free
+            begun = time.perf_counter()
+            run.save(step, {"replay": filler.ring.state_dict()}, {f"replay/{each}" for each in kept})
+            filler.ring.saved()
+            found[f"seconds_{name}"] = time.perf_counter() - begun
+            found[f"bytes_{name}"] = before - shutil.disk_usage(root).free
+            filler.add(every // filler.num_envs)
+    return found
 
 
 def ceiling(work: Work, seconds: float) -> dict[str, Any]:
@@ -240,9 +274,9 @@ def _rate(call: Callable[[], Any], seconds: float) -> float:
 
 def main(side: str, name: str, amount: str, file: str) -> None:
     """Measure and write."""
-    alone = {"ours": ours, "ceiling": ceiling}
-    if side == "memory":
-        found = memory(int(amount))
+    alone, sizes = {"ours": ours, "ceiling": ceiling}, {"memory": memory, "saving": saving}
+    if side in sizes:
+        found = sizes[side](int(amount))
     else:
         work, seconds = WORKS[name], float(amount)
         other = skrl if work.agent == "qtable" else peer
