@@ -52,7 +52,7 @@ from agents.base import State, linear
 from agents.heads import DUELING, NOISY, QHead
 from backbones.base import Backbone
 from backbones.compute import Compute, copy_weights, guarded_compile
-from backbones.dense import FEW
+from backbones.dense import Quick
 from replay import Batch, Decision, Update
 from replay.priority import Priority
 from runs.config import Knob, UserError, check
@@ -239,12 +239,10 @@ class QNet(nn.Module):
         """Values of all actions."""
         return self.head(self.backbone(obs)[0])
 
-    def quick(self) -> Callable[[np.ndarray], np.ndarray] | None:
+    def quick(self) -> Quick | None:
         """`forward` in numpy for a handful of observations, where backbone and head have that form."""
         features, values = self.backbone.quick(), self.head.quick()
-        if features is None or values is None:
-            return None
-        return lambda obs: values(features(obs))
+        return None if features is None or values is None else features.then(values)
 
 
 class DQN:
@@ -398,7 +396,7 @@ class DQN:
         return self._values(obs)
 
     def _values(self, obs: Any) -> np.ndarray:
-        if self._quick is not None and len(obs) <= FEW:
+        if self._quick is not None and len(obs) <= self._quick.rows:
             return self._quick(obs)
         with self.compute.acting():
             out = self._actor(_to(obs, self.compute.device))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.dense import in_numpy
+from backbones.dense import Quick, in_numpy
 
 DUELING = ("off", "mean", "max", "naive")
 NOISY = ("off", "factorised", "independent")
@@ -110,7 +109,7 @@ class QHead(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             return self._values(features.float())
 
-    def quick(self) -> Callable[[np.ndarray], np.ndarray] | None:
+    def quick(self) -> Quick | None:
         """The head in numpy, as `Backbone.quick`; None unless it is a single layer without noise."""
         return in_numpy([self.q]) if self.value is None and self.atoms == 1 else None
 

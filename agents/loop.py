@@ -33,7 +33,7 @@ def off_policy(
     config, num_envs = agent.config, collector.env.num_envs
     state, step = agent.initial(num_envs), start
     # who comes back without a replay fills it first
-    learning_starts = config.learning_starts + (0 if len(replay) else start)
+    learning_starts = config.learning_starts + (0 if replay.added else start)
     while step < steps and not watch.stopping:
         decision = agent.act(collector.obs, collector.first, state, step)
         state = decision.state

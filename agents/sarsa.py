@@ -33,7 +33,6 @@ from agents.dqn import QNet, td_loss
 from agents.tables import Table
 from agents.values import EpsilonGreedy, Holder
 from backbones.compute import Compute, guarded_compile
-from backbones.dense import FEW
 from replay import Five, Update
 from runs.config import Knob, UserError, check
 
@@ -98,7 +97,7 @@ class Net:
 
     def values(self, obs: Any) -> np.ndarray:
         """Q(s, .) (N, A) float32 of observations (N, *S)."""
-        if self._quick is not None and len(obs) <= FEW:
+        if self._quick is not None and len(obs) <= self._quick.rows:
             return self._quick(obs)
         with self.compute.acting():
             return self.net(self._tensor(obs)).cpu().numpy()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
+
+from backbones.dense import Quick
 
 State = tuple[Tensor, ...]
 
@@ -37,10 +37,10 @@ class Backbone(nn.Module, ABC):
             reset before use.
         """
 
-    def quick(self) -> Callable[[np.ndarray], np.ndarray] | None:
+    def quick(self) -> Quick | None:
         """`forward` without memory in numpy, obs (B, *S) -> (B, F), for a handful of observations on the CPU.
 
-        It sees every change that is made to the weights in place. None: this net has no such form.
+        None: this net has no such form.
         """
         return None
 

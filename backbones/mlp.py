@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -12,10 +11,11 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from backbones.base import Backbone, State
-from backbones.dense import in_numpy
+from backbones.dense import MOST, Quick, in_numpy
 from backbones.obs import Encoder
 from runs.config import Knob, UserError, check
 
+FLOATS = (np.float32, np.float64)
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU, "elu": nn.ELU}
 
 
@@ -57,13 +57,10 @@ class MLP(Backbone):
         flat = parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # (B, D)
         return x.unfold(self.layers(flat)), state
 
-    def quick(self) -> Callable[[np.ndarray], np.ndarray] | None:
+    def quick(self) -> Quick | None:
         """See `Backbone.quick`; for vectors of floats."""
         space = self.encoder.space
-        plain = (
-            isinstance(space, spaces.Box)
-            and len(space.shape) == 1
-            and space.dtype in (np.float32, np.float64)
-        )
-        layers = in_numpy(self.layers) if plain else None
-        return None if layers is None else lambda obs: layers(obs.astype(np.float32, copy=False))
+        if not isinstance(space, spaces.Box) or len(space.shape) != 1 or space.dtype not in FLOATS:
+            return None
+        layers, cast = in_numpy(self.layers), Quick((lambda obs: obs.astype(np.float32, copy=False),), MOST)
+        return None if layers is None else cast.then(layers)

@@ -101,6 +101,11 @@ class Ring:
         """Bytes of one sample's two observations."""
         return 2 * self.stack * sum(frames[0].nbytes for frames in self._frames.values())
 
+    @property
+    def added(self) -> int:
+        """Steps ever added, over all environments."""
+        return int(self._steps[0])
+
     def __len__(self) -> int:
         """Slots that are searched for samples: all with stack and successor, FINAL ones among them."""
         low, high = self._window()

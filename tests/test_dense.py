@@ -11,7 +11,7 @@ from torch import nn
 from agents.dqn import QNet
 from backbones import CNN, MLP
 from backbones.compute import copy_weights
-from backbones.dense import FEW, in_numpy
+from backbones.dense import SINGLE, in_numpy
 from tests.tools import batch_of, built
 
 
@@ -19,7 +19,7 @@ def observations(rows: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((rows, 3)).astype(np.float32) * 3
 
 
-@pytest.mark.parametrize("rows", [1, 3, FEW])
+@pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("knobs", [{}, {"activation": "tanh"}, {"norm": True}, {"hidden": (5,)}])
 def test_the_same_function(knobs: dict, rows: int) -> None:
     torch.manual_seed(0)
@@ -69,10 +69,16 @@ def test_an_agent_acts_with_the_weights_it_has_learned(acting: str) -> None:
     agent, batch = built(acting=acting, target_every=2, tau=0.5, lr=1e-2), batch_of(8)
     for _ in range(5):
         agent.update(batch)
-        obs = observations(FEW)
+        obs = observations(16)
         with torch.no_grad():
             net = agent.online if acting == "online" else agent.target
             expected = net(torch.from_numpy(obs)).numpy()
         np.testing.assert_allclose(agent.values(obs), expected, rtol=2e-5, atol=2e-6)
         # more observations than that go through torch
-        np.testing.assert_allclose(agent.values(np.tile(obs, (2, 1)))[:FEW], expected, rtol=2e-5, atol=2e-6)
+        np.testing.assert_allclose(agent.values(np.tile(obs, (2, 1)))[:16], expected, rtol=2e-5, atol=2e-6)
+
+
+def test_large_nets_take_few_observations() -> None:
+    rows = [MLP((3,), hidden=(width, width)).quick().rows for width in (16, 256, 512)]  # type: ignore[union-attr]
+    assert rows == [16, SINGLE // 256**2, 1]
+    assert MLP((3,), hidden=(1_024, 1_024)).quick() is None
