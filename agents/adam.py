@@ -46,9 +46,8 @@ class Adam:
         self.count = 0  # t
         device = self.parameters[0].device
         self.rate, self.floor = (torch.zeros((), device=device) for _ in range(2))
-        self.skipped, self.in_row = (
-            torch.zeros((), device=device) for _ in range(2)
-        )  # in all, since a good one
+        # steps skipped: in all, since the last good one, and the most there ever were in a row
+        self.skipped, self.in_row, self.longest = (torch.zeros((), device=device) for _ in range(3))
 
     def begin(self) -> None:
         """Count one more step and set its two factors; call it before each `step`.
@@ -80,6 +79,7 @@ class Adam:
         bad = 1.0 - good.float()
         self.skipped.add_(bad)
         self.in_row.add_(bad).mul_(bad)
+        self.longest.copy_(torch.maximum(self.longest, self.in_row))
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -88,7 +88,13 @@ class Adam:
         named = {
             f"{kind}.{i}": tensor for kind, tensors in moments.items() for i, tensor in enumerate(tensors)
         }
-        return {"count": torch.tensor(self.count), "skipped": self.skipped, "in_row": self.in_row, **named}
+        return {
+            "count": torch.tensor(self.count),
+            "skipped": self.skipped,
+            "in_row": self.in_row,
+            "longest": self.longest,
+            **named,
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

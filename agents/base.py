@@ -34,7 +34,7 @@ class Agent(Protocol):
 
     @property
     def skipped_in_row(self) -> int:
-        """Updates skipped since the last good one, because loss or gradient was not finite."""
+        """The most updates ever skipped in a row, because loss or gradient was not finite."""
         ...
 
     def build(

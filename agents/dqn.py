@@ -112,6 +112,7 @@ class Config:
             "--distributional c51": (self.distributional == "c51", ("v_min", "v_max")),
             "--noisy factorised": (self.noisy == "factorised", ("noisy_sigma",)),
             "--distributional off": (self.distributional == "off", ("loss",)),
+            "--lr-end": (self.lr_end is not None, ("lr_steps",)),
             "--munchausen": (self.munchausen > 0, ("temperature",)),
             "--alpha": (self.alpha > 0, ("beta_start", "beta_end", "beta_steps")),
         }
@@ -317,13 +318,15 @@ class DQN:
         self._actor = self._acting = self.target if config.acting == "target" else self.online
         self._quick = self._acting.quick() if compute.device == "cpu" else None
         self._goal: QNet = self.target  # evaluates the next action
+        acts_target = config.acting == "target"
         if compute.precision == "bf16":
-            if config.tau == 1 and self._coin is None:  # else its weights need the digits
+            # a target that creeps needs the digits; one that acts in numpy, which has no bf16, keeps them too
+            if config.tau == 1 and self._coin is None and not (acts_target and self._quick):
                 self.target.backbone.to(torch.bfloat16)
             if self._quick is None:
                 self._actor = self._reader(self._acting)
             if self._coin is None:
-                same = config.acting == "target" and self._quick is None
+                same = acts_target and self._quick is None
                 self._goal = self._actor if same else self._reader(self.target)
 
     def _net(self, backbone: str | Backbone, observation_space: spaces.Space[Any]) -> QNet:
@@ -343,7 +346,7 @@ class DQN:
             (p for p in net.parameters() if p.requires_grad),  # a backbone may come frozen
             lr=config.lr,
             lr_end=config.lr_end,
-            decay=max(config.lr_steps // config.train_every * config.updates // len(self._pupils), 1),
+            decay=max(config.lr_steps * config.updates // config.train_every // len(self._pupils), 1),
             eps=config.adam_eps,
             max_norm=config.max_grad_norm,
         )
@@ -365,7 +368,7 @@ class DQN:
     @property
     def skipped_in_row(self) -> int:
         """See `Agent.skipped_in_row`."""
-        return int(max(optimizer.in_row for optimizer in self._optimizers))
+        return int(max(optimizer.longest for optimizer in self._optimizers))
 
     def initial(self, n: int) -> State:
         """See `Agent.initial`."""

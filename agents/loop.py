@@ -63,6 +63,7 @@ def on_policy(agent: Agent, collector: Collector, watch: Watch, steps: int, star
         decision = Decision(watch.carried["action"], state)
     else:
         decision = agent.act(collector.obs, collector.first, state, step)
+    watch.carried = {"action": decision.action}
     while step < steps and not watch.stopping:
         collector.send(decision.action)
         done = collector.recv()

@@ -188,7 +188,8 @@ def choose(agent: str, env_id: str, name: str | None) -> tuple[str, dict[str, An
     if name == "none":
         return "none", {}
     if name is not None:
-        return name, pick("preset", name, PRESETS | {"none": Preset(agent, (), {}, "")}).settings
+        own = {key: preset for key, preset in PRESETS.items() if preset.agent == agent}
+        return name, pick("preset", name, own | {"none": Preset(agent, (), {}, "")}).settings
     for key, preset in PRESETS.items():
         if preset.agent == agent and any(fnmatch(env_id, pattern) for pattern in preset.envs):
             return key, preset.settings

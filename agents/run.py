@@ -15,6 +15,12 @@ from typing import Any
 from agents import AGENTS, load
 from runs.config import Parser, RunFailed, UserError, pick, read_json
 
+COMPUTING = {
+    "device",
+    "precision",
+    "threads",
+    "compile",
+}  # may change when a run is resumed, and is then named
 USAGE = """usage: python -m agents.run AGENT --env ID [flags]
 
 Train an agent. AGENT is one of: {agents}.
@@ -92,13 +98,14 @@ def _resume(name: str, given: dict[str, Any], strict: bool) -> Any:
         raise UserError(f"{path} is a run of {saved.get('agent')!r}, not of {name!r}")
     if "env" in given:
         given["env"] = full_id(given["env"])
+    computing = {key: given.pop(key) for key in COMPUTING & given.keys()}
     for key, value in given.items():
         if saved.get(key) != value:
             flag = key.replace("_", "-")
             raise UserError(
-                f"--{flag} cannot change when a run is resumed, it is {saved.get(key)}; only --steps can"
+                f"--{flag} cannot change when a run is resumed, it is {saved.get(key)}; --steps can, and how to compute"
             )
-    return resume(path, steps=steps, strict=strict)
+    return resume(path, steps=steps, strict=strict, **computing)
 
 
 def _parser(agent: str, backbone: str) -> Parser:

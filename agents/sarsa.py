@@ -92,8 +92,8 @@ class Net:
 
     @property
     def skipped_in_row(self) -> int:
-        """Steps skipped since the last good one."""
-        return int(self.optimizer.in_row)
+        """The most steps skipped in a row."""
+        return int(self.optimizer.longest)
 
     def values(self, obs: Any) -> np.ndarray:
         """Q(s, .) (N, A) float32 of observations (N, *S)."""

@@ -206,11 +206,13 @@ def resume(
     steps: int | None = None,
     strict: bool = False,
     say: Callable[[str], None] = print,
+    **computing: Any,
 ) -> Result:
     """Go on with a run where its newest usable checkpoint stands, to the bit as if it had never stopped.
 
-    `steps` makes it longer. `agent` is needed if the run was started with an agent object on a backbone object.
-    What can change bits (versions, machine) is named, and refused if `strict`.
+    `steps` makes it longer; `computing` changes knobs of `ComputeConfig`, such as `threads`. `agent` is needed if the
+    run was started with an agent object on a backbone object. What can change bits (versions, machine, threads) is
+    named, and refused if `strict`.
     Raises: UserError if the folder holds no run that can go on.
     """
     begun = time.perf_counter()
@@ -224,6 +226,8 @@ def resume(
 
     compare = partial(_compare, path, strict, say)
     compare(opened.differences())
+    check(ComputeConfig, computing)
+    settings |= computing
     asked, end = settings["steps"], opened.finished
     if steps is not None:
         settings["steps"] = steps

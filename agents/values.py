@@ -28,7 +28,7 @@ class Holder(Protocol):
 
     @property
     def skipped_in_row(self) -> int:
-        """Steps skipped since the last good one, because something was not finite."""
+        """The most steps ever skipped in a row, because something was not finite."""
         ...
 
     def values(self, obs: Any) -> np.ndarray:

@@ -76,6 +76,7 @@ class Watch:
     _films: bool = field(init=False)
     _pending: dict[str, Any] | None = None  # metrics of the newest update that is not yet in the log
     _logged: tuple[int, float] = (0, 0.0)
+    _faults: int = 0  # of environments, before the run was resumed
     _told: int = 0  # faults of environments that were reported
     carried: dict[str, np.ndarray] = field(default_factory=dict)  # what the loop keeps from step to step
     saving: float = 0.0  # seconds spent on checkpoints
@@ -195,8 +196,20 @@ class Watch:
         every = max(1, 4 // self.frame_skip)
         self.run.video(step, "eval/episode", shown.frames[::every], fps=15)
 
+    def _guard(self, step: int) -> None:
+        """Raises: RunFailed if too many updates in a row were skipped."""
+        if self.agent.skipped_in_row >= self.config.max_skipped:
+            raise RunFailed(
+                f"at step {step:,} loss or gradient was not finite in {self.agent.skipped_in_row} updates in a row; "
+                "the last checkpoint is from before. A smaller --lr may help"
+            )
+
     def save(self, step: int) -> None:
-        """A checkpoint; a disk that refuses is reported and costs only this one."""
+        """A checkpoint; a disk that refuses is reported and costs only this one.
+
+        Raises: RunFailed if learning broke down.
+        """
+        self._guard(step)
         begun = time.perf_counter()
         self._keep()
         unchanged = self.replay.unchanged() if self.replay is not None else ()
@@ -225,6 +238,8 @@ class Watch:
             "returns": list(self._returns),
             "pending": pending,
             "owed": self._owed,
+            "faults": self._faults + len(self.collector.faults),
+            "evaluation": self.evaluation,
         }
         kept = {}
         if self.replay is not None and self.config.save_replay:
@@ -270,6 +285,7 @@ class Watch:
         self.started -= counters["seconds"]
         self._logged = (counters["step"], self.seconds)
         self._warm = self.agent.updates + WARM_UPDATES  # the compiler runs again
+        self._faults, self.evaluation = counters.get("faults", 0), dict(counters.get("evaluation", {}))
         if counters.get("owed"):
             self.evaluate(counters["step"])
 
@@ -290,7 +306,7 @@ class Watch:
             "seconds_to_first_update": self.first_update,
             "steps_per_second": rates,
             "seconds_saving": self.saving,
-            "env_faults": len(self.collector.faults),
+            "env_faults": self._faults + len(self.collector.faults),
             "evaluation": self.evaluation or None,
             "parameters": self.agent.parameters,
             "finished": not self.stopping and self.saved == step,
@@ -310,11 +326,7 @@ class Watch:
         now = self.seconds - self._aside
         rate = (step - self._logged[0]) / max(now - self._logged[1], 1e-9)
         self._logged = (step, now)
-        if self.agent.skipped_in_row >= self.config.max_skipped:
-            raise RunFailed(
-                f"at step {step:,} loss or gradient was not finite in {self.agent.skipped_in_row} updates in a row; "
-                "the last checkpoint is from before. A smaller --lr may help"
-            )
+        self._guard(step)
         metrics = {name: float(value) for name, value in pending.items()}
         speed = {"speed/steps_per_second": rate, "speed/frames_per_second": rate * self.frame_skip}
         counts = {"train/updates": self.agent.updates, "train/epsilon": self.agent.exploration(step)}

@@ -40,7 +40,7 @@ class Backbone(nn.Module, ABC):
     def quick(self) -> Quick | None:
         """`forward` without memory in numpy, obs (B, *S) -> (B, F), for a handful of observations on the CPU.
 
-        None: this net has no such form.
+        It reads the tensors that hold the weights now: they must be changed in place. None: no such form.
         """
         return None
 

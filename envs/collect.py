@@ -59,7 +59,7 @@ class Collector:
         mode = env.metadata.get("autoreset_mode")
         if mode is not AutoresetMode.SAME_STEP:
             raise ValueError(f"autoreset_mode must be SAME_STEP (use envs.make), got {mode}")
-        self.env, self.overlap, self.steps, self._seed = env, overlap, 0, seed
+        self.env, self.overlap, self.steps, self._seed, self._every = env, overlap, 0, seed, every
         self.obs: Any = reset(env, seed)
         self.first = np.ones(env.num_envs, bool)
         self.episodes: list[Episode] = []
@@ -125,7 +125,11 @@ class Collector:
         self._lengths += 1
         self.episodes = self._finish(ended) if any_ended else []
         if any_ended and self._journal is not None:
-            anew = self._journal.turn(ended)
+            try:
+                anew = self._journal.turn(ended)
+            except WorkerFault as fault:
+                anew, lost = self._rebuilt(fault)
+                ended = ended | lost
             if anew is not None:
                 self._check_obs(anew)
                 obs = anew
@@ -160,7 +164,10 @@ class Collector:
             self._stateful.set_state(kept)
             found = self._stood(state)
         elif self._journal is not None and kept:
-            found = self._journal.load_state_dict(kept)
+            try:
+                found = self._journal.load_state_dict(kept)
+            except WorkerFault as fault:
+                self._rebuilt(fault)
         self.steps = int(state["steps"])
         stood = [leaf for _, leaf in _leaves(self._stood(state))]
         if found is not None and all(map(np.array_equal, stood, [leaf for _, leaf in _leaves(found)])):
@@ -171,7 +178,7 @@ class Collector:
         self.obs, self.first = reset(self.env, seed), np.ones(self.env.num_envs, bool)
         self._returns[...], self._lengths[...] = 0, 0
         if self._journal is not None:
-            self._journal = Journal(self.env, seed)
+            self._journal = Journal(self.env, seed, self._every)
         return False
 
     def _stood(self, state: dict[str, np.ndarray]) -> Any:
@@ -207,11 +214,28 @@ class Collector:
         What the failed ones did in their last step is lost; they take its action in their new first state.
         Raises: RunFailed if they fail again and again.
         """
+        if self._journal is not None:
+            self._journal.undo()
+        while True:
+            self.obs, lost = self._rebuilt(fault)
+            self.first = self.first | lost
+            try:
+                if self._journal is not None:
+                    self._journal.note(action)
+                return self.env.step(action)
+            except WorkerFault as again:
+                fault = again
+                if self._journal is not None:
+                    self._journal.undo()
+
+    def _rebuilt(self, fault: WorkerFault) -> tuple[Any, np.ndarray]:
+        """Start the processes anew, and bring back what did not fail; the observations, and who was lost (N,)."""
         workers: Any = self.env.unwrapped
         lost = fault.rows
         while True:
             self.faults.append((self.steps, str(fault)))
-            if len(self.faults) >= MOST_FAULTS and self.faults[-MOST_FAULTS][0] > self.steps - FAULT_STEPS:
+            early = len(self.faults) < MOST_FAULTS or self.faults[-MOST_FAULTS][0] < self.steps - FAULT_STEPS
+            if not early:
                 raise RunFailed(
                     f"{MOST_FAULTS} failures in {FAULT_STEPS} steps, the last one: {fault}"
                 ) from fault
@@ -219,16 +243,15 @@ class Collector:
                 workers.rebuild()
                 if self._journal is None:
                     lost = np.ones(self.env.num_envs, bool)
-                    self.obs = reset(self.env, spread(self._seed, 3)[2] + len(self.faults))
+                    obs = reset(self.env, spread(self._seed, 3)[2] + len(self.faults))
                 else:
-                    self.obs = self._journal.recover(lost)
-                    self._journal.note(action)
-                self._check_obs(self.obs)
-                self.first = self.first | lost
-                self._returns[lost], self._lengths[lost] = 0, 0
-                return self.env.step(action)
+                    obs = self._journal.recover(lost)
+                break
             except WorkerFault as again:
                 fault, lost = again, lost | again.rows
+        self._check_obs(obs)
+        self._returns[lost], self._lengths[lost] = 0, 0
+        return obs, lost
 
     def _finish(self, ended: np.ndarray) -> list[Episode]:
         rows = np.flatnonzero(ended)

@@ -100,11 +100,14 @@ class Journal:
         self._reseed(due)
         return restart(self._env, due, self._seeds)
 
-    def recover(self, lost: np.ndarray) -> Any:
-        """After the env was rebuilt in the middle of a step: start the envs `lost` (N,) anew, bring the others to
-        where that step began, and return the observations (N, *S) there.
-        """
+    def undo(self) -> None:
+        """Forget the actions noted last: their step was not finished."""
         self._length = np.maximum(self._length - 1, 0)
+
+    def recover(self, lost: np.ndarray) -> Any:
+        """After the env was rebuilt: start the envs `lost` (N,) anew, bring the others to where they were, and return
+        the observations (N, *S) there.
+        """
         self._reseed(lost)
         return self._rebuild()
 

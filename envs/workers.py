@@ -14,10 +14,12 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
+from runs.config import RunFailed
+
 TIMEOUT = 60.0  # seconds that a step or reset may take
 
 
-class WorkerFault(RuntimeError):
+class WorkerFault(RunFailed):
     """Some environments failed; `rows` (N,) says which ones."""
 
     def __init__(self, rows: np.ndarray, reason: str) -> None:
@@ -41,7 +43,9 @@ class Workers(AsyncVectorEnv):
     def rebuild(self) -> None:
         """Start all processes anew; their environments must then be reset."""
         self._end()
+        metadata = self.metadata
         super().__init__(self._ones, autoreset_mode=AutoresetMode.SAME_STEP, context="forkserver")
+        self.metadata = metadata
 
     def close_extras(self, **keywords: Any) -> None:
         """End the processes at once: an environment that hangs would never answer."""

@@ -107,9 +107,16 @@ class Ring:
         return int(self._steps[0])
 
     def __len__(self) -> int:
-        """Slots that are searched for samples: all with stack and successor, FINAL ones among them."""
+        """Slots that are searched for samples, FINAL ones among them; 0 if there are no others."""
         low, high = self._window()
-        return int((high - low).sum())
+        size = int((high - low).sum())
+        if size > 64:  # so many breaks in a row end a run
+            return size
+        slots = [
+            lane * self.slots + np.arange(a, b) % self.slots
+            for lane, (a, b) in enumerate(zip(low, high, strict=True))
+        ]
+        return size if (self._flag[np.concatenate(slots)] != FINAL).any() else 0
 
     def add(self, step: Transition) -> None:
         """Append one step of every environment."""
@@ -297,7 +304,7 @@ class Ring:
         """Lanes and positions (B,), uniform over all starts; a FINAL slot is drawn again."""
         low, high = self._window()
         ends = np.cumsum(high - low)
-        if ends[-1] == 0:
+        if ends[-1] <= 64 and len(self) == 0:
             raise ValueError("the replay has nothing to sample yet")
         chosen = self.rng.integers(ends[-1], size=batch)
         while True:

@@ -59,7 +59,7 @@ def test_an_update_with_a_broken_sample_changes_nothing(distributional: str) -> 
     for name, tensor in agent.online.state_dict().items():
         assert torch.equal(tensor, before[name])
     agent.update(batch)
-    assert agent.skipped_in_row == 0
+    assert agent.skipped_in_row == 1 and agent._optimizers[0].in_row.item() == 0
 
 
 def test_a_run_that_diverges_ends_with_a_named_error(tmp_path, monkeypatch) -> None:
@@ -257,3 +257,75 @@ def test_a_run_survives_the_death_of_an_environment(tmp_path, monkeypatch) -> No
     monkeypatch.setattr(Watch, "after", killing)
     result = train("dqn", "CartPole-v1", run=tmp_path / "run", say=lambda _: None, **settings)
     assert killed and result.summary["finished"] and result.summary["env_faults"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*ERROR")
+@pytest.mark.parametrize("at", ["rebuild", "seeded reset", "resume"])
+def test_a_fault_outside_of_a_step_is_mended_too(tmp_path, monkeypatch, at) -> None:
+    """A second fault while the first is mended, one in a seeded reset between episodes, and one while going back."""
+    from envs import journal
+
+    marker = tmp_path / "marker"
+    collector = Collector(
+        faulty("raise", marker), 0, resumable=True, every=10 if at == "seeded reset" else 1_000
+    )
+    if at != "rebuild":
+        marker.unlink()
+    sound, calls = journal.restart, []
+
+    def failing(env, rows, seeds):
+        calls.append(1)
+        if len(calls) == 1:
+            raise WorkerFault(np.array([False, True, False]), "its process died")
+        return sound(env, rows, seeds)
+
+    if at == "resume":
+        for _ in range(3):
+            collector.send(np.zeros(3, np.int64))
+            collector.recv()
+        state = {name: np.array(value) for name, value in collector.state_dict().items()}
+        monkeypatch.setattr(journal, "restart", failing)
+        assert not collector.load_state_dict(state) and collector.first.all()
+    monkeypatch.setattr(journal, "restart", failing)
+    steps = []
+    for _ in range(16):
+        collector.send(np.zeros(3, np.int64))
+        steps.append(collector.recv())
+    assert calls and len(collector.faults) == {"rebuild": 2, "seeded reset": 1, "resume": 1}[at]
+    for before, step in zip([None, *steps], steps, strict=False):
+        assert (step.next_obs[:, 0] == step.obs[:, 0] + 1).all()  # true pairs
+        if before is not None:  # and nobody goes back
+            goes_on = ~step.first
+            assert (step.obs[goes_on] == before.next_obs[goes_on]).all()
+    collector.close()
+
+
+def test_a_replay_of_broken_steps_only_is_empty() -> None:
+    from replay import Transition
+
+    space = spaces.Box(0, 1, (2,), np.float32)
+    ring = Ring(60, 1, space, spaces.Discrete(2), rng=np.random.default_rng(0))
+    obs, no, yes = np.zeros((1, 2), np.float32), np.zeros(1, bool), np.ones(1, bool)
+    for _ in range(3):  # each breaks in its first step
+        ring.add(Transition(obs, np.zeros(1, np.int64), np.ones(1, np.float32), obs, no, no, yes))
+    assert len(ring) == 0
+    with pytest.raises(ValueError, match="nothing to sample"):
+        ring.sample(4)
+
+
+def test_a_long_series_between_two_rows_of_the_log_ends_the_run(tmp_path, monkeypatch) -> None:
+    from agents.dqn import DQN
+
+    sound, calls = DQN.update, []
+
+    def poisoned(self, batch, steps=1):
+        calls.append(1)
+        return sound(
+            self, batch._replace(reward=batch.reward * math.nan) if 5 < len(calls) < 20 else batch, steps
+        )
+
+    monkeypatch.setattr(DQN, "update", poisoned)
+    settings = {**SMALL, "hidden": (16,), "steps": 400, "preset": "none", "max_skipped": 10, "log_every": 200}
+    settings["checkpoint_every"] = 0
+    with pytest.raises(RunFailed, match="14 updates in a row"):
+        train("dqn", "CartPole-v1", run=tmp_path / "run", say=lambda _: None, **settings)

@@ -28,7 +28,7 @@ class Case(NamedTuple):
     flags: str
 
     def __str__(self) -> str:
-        shown = self.flags.removeprefix(AGENTS[self.agent][0]).replace(PIXELS, "")
+        shown = self.flags.removeprefix(DQN).replace(PIXELS, "")
         return " ".join([self.agent, self.env, *shown.split()])
 
 
@@ -43,6 +43,23 @@ ENVS = {
 }
 MORE = (
     Case("dqn", "CartPole-v1", 2_400, f"{DQN} --num-envs 8 --noisy factorised --distributional c51"),
+    *(
+        Case("dqn", "CartPole-v1", 2_400, f"{DQN} {flags}")
+        for flags in (
+            "--double twin --noisy independent --lr-end 1e-5 --alpha 0.5",
+            "--acting target --tau 0.01 --munchausen 0.9 --distributional quantile",
+        )
+    ),
+    *(
+        Case(agent, env, 2_400, f"--preset none --num-envs {n} {flags}")
+        for n in (1, 8)
+        for agent, env, flags in (
+            ("qtable", "FrozenLake-v1", "--learning-starts 100 --batch 8 --capacity 2000"),
+            ("qtable", "CartPole-v1", "--learning-starts 100 --capacity 2000 --low -3 --high 3"),
+            ("sarsa", "FrozenLake-v1", ""),
+            ("sarsa", "CartPole-v1", "--backbone mlp"),
+        )
+    ),
     Case("dqn", "ALE/Pong-v5", 800, f"{DQN} {PIXELS} --num-envs 2 --precision bf16 --compile on"),
 )
 
