@@ -140,7 +140,11 @@ class Watch:
         if self._owed:
             return
         returns = np.array([episode.return_ for episode in episodes])
-        self.evaluation = {"mean": float(returns.mean()), "std": float(returns.std()), "episodes": len(returns)}
+        self.evaluation = {
+            "mean": float(returns.mean()),
+            "std": float(returns.std()),
+            "episodes": len(returns),
+        }
         if self.run.evaluation(step, returns, self.seconds):
             self._best = {"weights": self.agent.state_dict()["weights"], "counters": {"step": step}}
             self._keep()
