@@ -291,7 +291,9 @@ def _train(
     replay = None
     if agent.loop == "off_policy":
         replay = _ring(chosen.agent, config, env, np.random.default_rng(of_replay))
-    collector = Collector(env, _number(of_envs), resumable=True)
+    # the emulator of a single game takes more from the learning threads than the overlap gives back
+    overlap = config.num_envs > 1 or compute.device != "cpu"
+    collector = Collector(env, _number(of_envs), overlap=overlap, resumable=True)
     if not collector.exact:
         say(f"{config.env} can neither be saved nor rebuilt: its episodes restart when the run is resumed")
     decided = {field.name: getattr(compute, field.name) for field in fields(ComputeConfig)}
