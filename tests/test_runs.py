@@ -245,12 +245,12 @@ def limit():
 def test_rows_wait_for_a_full_disk_and_are_never_there_by_half(tmp_path, limit):
     run = Run.create(CONFIG, root=tmp_path)
     for step in range(1, 4):
-        run.episode(step, step, 0.5, 1.0, step)
+        run.episodes(step, step, 0.5, [1.0], [step])
     size = (run.path / "scores.csv").stat().st_size
     before = (run.path / "scores.csv").read_bytes()
     limit(size + 7)  # half a row would fit
     for step in range(4, 7):
-        run.episode(step, step, 0.5, 1.0, step)
+        run.episodes(step, step, 0.5, [1.0], [step])
         run.log(step, {"loss/td": 0.5})
     try:
         assert (run.path / "scores.csv").read_bytes() == before
@@ -259,7 +259,7 @@ def test_rows_wait_for_a_full_disk_and_are_never_there_by_half(tmp_path, limit):
             run.flush()
     finally:
         limit(resource.RLIM_INFINITY)
-    run.episode(7, 7, 0.5, 1.0, 7)
+    run.episodes(7, 7, 0.5, [1.0], [7])
     run.log(8, {"loss/td": 0.5})
     assert run.refused is None
     run.close()
@@ -272,7 +272,7 @@ def test_rows_wait_for_a_full_disk_and_are_never_there_by_half(tmp_path, limit):
 def test_rows_that_are_lost_in_the_end_are_said_to_be(tmp_path, limit):
     run = Run.create(CONFIG, root=tmp_path)
     limit(0)
-    run.episode(1, 1, 0.5, 1.0, 1)
+    run.episodes(1, 1, 0.5, [1.0], [1])
     with pytest.raises(OSError, match="1 of its records wait in memory"):
         run.close()
     run.close()
@@ -284,7 +284,7 @@ def test_rows_that_are_lost_in_the_end_are_said_to_be(tmp_path, limit):
 def test_what_went_wrong_first_is_what_is_said(tmp_path, limit):
     with pytest.raises(KeyboardInterrupt), Run.create(CONFIG, root=tmp_path) as run:
         limit(0)
-        run.episode(1, 1, 0.5, 1.0, 1)
+        run.episodes(1, 1, 0.5, [1.0], [1])
         raise KeyboardInterrupt
 
 
@@ -307,7 +307,7 @@ DAMAGE = [
 def test_a_damaged_table_is_not_continued(tmp_path, damage, named):
     with Run.create(CONFIG, root=tmp_path) as run:
         for step in (1, 2, 3):
-            run.episode(step, step, 0.5, 1.0, step)
+            run.episodes(step, step, 0.5, [1.0], [step])
         run.save(3, {"counters": {"step": 3}})
     path = run.path / "scores.csv"
     path.write_bytes(b"".join(damage(path.read_bytes().splitlines(keepends=True))))
@@ -318,10 +318,10 @@ def test_a_damaged_table_is_not_continued(tmp_path, damage, named):
 
 def test_what_came_after_the_checkpoint_is_cut_whatever_it_is(tmp_path):
     with Run.create(CONFIG, root=tmp_path) as run:
-        run.episode(1, 1, 0.5, 1.0, 1)
+        run.episodes(1, 1, 0.5, [1.0], [1])
         run.save(2, {"counters": {"step": 2}})
         run.evaluation(2, [1.0], 1.0)  # the last one of a run: of the same step, but later
-        run.episode(2, 1, 0.5, 1.0, 1)
+        run.episodes(2, 1, 0.5, [1.0], [1])
     with open(run.path / "scores.csv", "ab") as file:
         file.write(b"\0" * 100 + b"\n")
     with open(next(run.path.glob("events.out.*")), "ab") as file:
@@ -337,7 +337,7 @@ def test_what_came_after_the_checkpoint_is_cut_whatever_it_is(tmp_path):
 def test_a_damaged_event_file_is_named_and_continued(tmp_path, at):
     with Run.create(CONFIG, root=tmp_path) as run:
         for step in (1, 2, 3):
-            run.episode(step, step, 0.5, 1.0, step)
+            run.episodes(step, step, 0.5, [1.0], [step])
         run.save(3, {"counters": {"step": 3}})
     (path,) = run.path.glob("events.out.*")
     content = bytearray(path.read_bytes())
@@ -345,7 +345,7 @@ def test_a_damaged_event_file_is_named_and_continued(tmp_path, at):
     path.write_bytes(content)
     said = []
     again, _, _ = Run.resume(run.path, said.append)
-    again.episode(4, 4, 0.5, 1.0, 4)
+    again.episodes(4, 4, 0.5, [1.0], [4])
     again.close()
     assert len(said) == 1 and "is damaged" in said[0] and path.name in said[0]
     found = events(run)  # TensorBoard reads all that is there
