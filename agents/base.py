@@ -102,6 +102,25 @@ def linear(start: float, end: float, steps: int, step: int) -> float:
     return end if step >= steps else start + (end - start) * step / steps
 
 
+def falling_epsilon(config: Any, step: int) -> float:
+    """1 before learning starts, then the line from epsilon_start to epsilon_end."""
+    if step < config.learning_starts:
+        return 1.0
+    return linear(config.epsilon_start, config.epsilon_end, config.epsilon_steps, step)
+
+
+def epsilon_greedy(
+    rng: np.random.Generator, epsilon: float, count: int, actions: int, values: Callable[[], np.ndarray]
+) -> np.ndarray:
+    """`count` actions in [0, actions): the best by `values` (count, A), or with probability epsilon any.
+
+    Every environment draws for itself; where all of them explore the values are not asked for. Ties go to the action of
+    the lowest number.
+    """
+    explore, random = rng.random(count) < epsilon, rng.integers(actions, size=count)
+    return random if explore.all() else np.where(explore, random, values().argmax(axis=1))
+
+
 def due(every: int, before: int, now: int) -> int:
     """How many multiples of `every` lie in (before, now]; the same in total for any number of environments."""
     return now // every - before // every

@@ -48,10 +48,10 @@ from torch import Tensor, nn
 
 import backbones
 from agents.adam import Adam
-from agents.base import State, linear
+from agents.base import State, epsilon_greedy, falling_epsilon
 from agents.heads import DUELING, NOISY, QHead
 from backbones.base import Backbone
-from backbones.compute import Compute, copy_weights, guarded_compile
+from backbones.compute import Compute, copy_weights, guarded_compile, to_device
 from backbones.dense import Quick
 from replay import Batch, Decision, Update
 from replay.priority import Priority
@@ -220,13 +220,6 @@ def pick(out: Tensor, action: Tensor) -> Tensor:
     return out[torch.arange(len(out), device=out.device), action]
 
 
-def epsilon(config: Config, step: int) -> float:
-    """1 before learning starts, then the line from epsilon_start to epsilon_end."""
-    if step < config.learning_starts:
-        return 1.0
-    return linear(config.epsilon_start, config.epsilon_end, config.epsilon_steps, step)
-
-
 class QNet(nn.Module):
     """A backbone with a Q head: obs (B, *S) -> (B, A), or (B, A, K) with K > 1 atoms."""
 
@@ -375,19 +368,16 @@ class DQN:
         return self.online.backbone.initial(n)
 
     def act(self, obs: Any, first: np.ndarray, state: State, step: int) -> Decision:
-        """Epsilon-greedy; every environment draws for itself. Noisy layers draw new noise for each step."""
+        """Epsilon-greedy; noisy layers draw new noise for each step."""
         if self._noise is not None:
             self._actor.head.draw(self._noise)
-        explore = self._rng.random(len(first)) < epsilon(self.config, step)
-        random = self._rng.integers(self.actions, size=len(first))
-        if explore.all():
-            return Decision(random + self._start, state)
-        action = self._values(obs).argmax(axis=1)
-        return Decision(np.where(explore, random, action) + self._start, state)
+        chance = falling_epsilon(self.config, step)
+        action = epsilon_greedy(self._rng, chance, len(first), self.actions, lambda: self._values(obs))
+        return Decision(action + self._start, state)
 
     def exploration(self, step: int) -> float:
         """See `Agent.exploration`."""
-        return epsilon(self.config, step)
+        return falling_epsilon(self.config, step)
 
     def greedy(self, obs: Any, first: np.ndarray, state: State) -> Decision:
         """The actions of highest value."""
@@ -402,7 +392,7 @@ class DQN:
         if self._quick is not None and len(obs) <= self._quick.rows:
             return self._quick(obs)
         with self.compute.acting():
-            out = self._actor(_to(obs, self.compute.device))
+            out = self._actor(to_device(obs, self.compute.device))
             return expectation(out, self.config.distributional, self._support).cpu().numpy()
 
     def probabilities(self, obs: Any) -> np.ndarray:
@@ -470,7 +460,7 @@ class DQN:
 
         Between two copies the target net stands still: its values for all parts until the next one take one pass.
         """
-        batch = Batch(*(_to(leaf, self.compute.device) for leaf in batch))
+        batch = Batch(*(to_device(leaf, self.compute.device) for leaf in batch))
         size, done = len(batch.reward) // steps, 0
         self.compute.learning()
         parts = [batch]
@@ -549,13 +539,6 @@ class DQN:
         """Everything random, by its name in a checkpoint."""
         streams = {"exploration": self._rng, "noise": self._noise, "coin": self._coin}
         return {name: stream for name, stream in streams.items() if stream is not None}
-
-
-def _to(part: Any, device: str) -> Any:
-    """Arrays and tensors (or dicts of them) on the device, without a copy on the CPU."""
-    if isinstance(part, dict):
-        return {name: _to(leaf, device) for name, leaf in part.items()}
-    return torch.as_tensor(part).to(device, non_blocking=True)
 
 
 def _split(leaf: Any, size: int) -> Sequence[Any]:

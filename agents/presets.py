@@ -92,7 +92,7 @@ TABLE_WHY = "reaches the best policy of value iteration: runs/reference/README.m
 PONG_WHY = "found on two cores: runs/reference/README.md"
 PRESETS = {
     "pong": Preset(
-        "dqn", ("ALE/Pong-v*",), PONG | dict(steps=1_500_000, lr_end=2.5e-5, lr_steps=1_500_000), PONG_WHY
+        "dqn", ("ALE/Pong-v*",), PONG | dict(steps=2_400_000, lr_end=1e-5, lr_steps=2_400_000), PONG_WHY
     ),
     # without sticky actions a fifth of the steps will do
     "pong-noframeskip": Preset(

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from agents.base import linear
+from agents.base import falling_epsilon
 from agents.tables import Table
 from agents.values import EpsilonGreedy
 from backbones.compute import Compute
@@ -93,11 +93,8 @@ class QTable(EpsilonGreedy):
         return Table(observation_space, self.actions, self.config.lr, **self.net)
 
     def exploration(self, step: int) -> float:
-        """1 before learning starts, then the line from epsilon_start to epsilon_end."""
-        config = self.config
-        if step < config.learning_starts:
-            return 1.0
-        return linear(config.epsilon_start, config.epsilon_end, config.epsilon_steps, step)
+        """See `falling_epsilon`."""
+        return falling_epsilon(self.config, step)
 
     def update(self, batch: Batch, steps: int = 1) -> Update:
         """Learn from each of `steps` equal parts of the batch in turn."""

@@ -32,7 +32,7 @@ from agents.base import default_backbone, linear
 from agents.dqn import QNet, td_loss
 from agents.tables import Table
 from agents.values import EpsilonGreedy, Holder
-from backbones.compute import Compute, guarded_compile
+from backbones.compute import Compute, guarded_compile, to_device
 from replay import Five, Update
 from runs.config import Knob, UserError, check
 
@@ -100,14 +100,15 @@ class Net:
         if self._quick is not None and len(obs) <= self._quick.rows:
             return self._quick(obs)
         with self.compute.acting():
-            return self.net(self._tensor(obs)).cpu().numpy()
+            return self.net(to_device(obs, self.compute.device)).cpu().numpy()
 
     def learn(self, obs: Any, action: np.ndarray, target: np.ndarray) -> dict[str, Tensor]:
         """Loss, gradient and one step of Adam."""
         self.compute.learning()
         self.optimizer.begin()
-        goal = self._tensor(target.astype(np.float32, copy=False))
-        metrics = self._graph(self._tensor(obs), self._tensor(action), goal)
+        device = self.compute.device
+        goal = to_device(target.astype(np.float32, copy=False), device)
+        metrics = self._graph(to_device(obs, device), to_device(action, device), goal)
         return metrics | {"train/skipped": self.optimizer.skipped}
 
     def _step(self, obs: Any, action: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -117,11 +118,6 @@ class Net:
         gradients = torch.autograd.grad(loss, self.optimizer.parameters)
         norm = self.optimizer.step(gradients, loss.detach())
         return {"loss/td": loss.detach(), "train/grad_norm": norm}
-
-    def _tensor(self, part: Any) -> Any:
-        if isinstance(part, dict):
-            return {name: self._tensor(leaf) for name, leaf in part.items()}
-        return torch.as_tensor(part).to(self.compute.device)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Weights, and the optimiser's moments."""

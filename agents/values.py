@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from torch import Tensor
 
-from agents.base import State
+from agents.base import State, epsilon_greedy
 from backbones.base import Backbone
 from backbones.compute import Compute
 from replay import Decision
@@ -123,12 +123,10 @@ class EpsilonGreedy(ABC):
         return ()
 
     def act(self, obs: Any, first: np.ndarray, state: State, step: int) -> Decision:
-        """Epsilon-greedy; every environment draws for itself."""
-        explore = self._rng.random(len(first)) < self.exploration(step)
-        random = self._rng.integers(self.actions, size=len(first))
-        if explore.all():
-            return Decision(random + self._start, state)
-        return Decision(np.where(explore, random, self.values(obs).argmax(axis=1)) + self._start, state)
+        """Epsilon-greedy."""
+        chance = self.exploration(step)
+        action = epsilon_greedy(self._rng, chance, len(first), self.actions, lambda: self.values(obs))
+        return Decision(action + self._start, state)
 
     def greedy(self, obs: Any, first: np.ndarray, state: State) -> Decision:
         """The actions of highest value."""

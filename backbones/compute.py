@@ -100,6 +100,13 @@ def choose(config: ComputeConfig, *, image: bool, updates: int, say: Callable[[s
     return Compute(device, precision, threads, compiled, threads if image else 1)
 
 
+def to_device(part: Any, device: str) -> Any:
+    """Arrays and tensors (or dicts of them) on the device, without a copy on the CPU."""
+    if isinstance(part, dict):
+        return {name: to_device(leaf, device) for name, leaf in part.items()}
+    return torch.as_tensor(part).to(device, non_blocking=True)
+
+
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module, part: float = 1.0) -> None:
     """Move the weights of `target` that part of the way to those of `source`; all the way is exact."""

@@ -12,8 +12,8 @@ import torch
 from gymnasium import spaces
 
 from agents.adam import Adam
-from agents.base import due, linear
-from agents.dqn import DQN, Config, epsilon, q_target, td_loss
+from agents.base import due, falling_epsilon, linear
+from agents.dqn import DQN, Config, q_target, td_loss
 from agents.loop import PORTION, portions
 from backbones.compute import Compute
 from replay import Batch, Ring, Transition
@@ -180,9 +180,9 @@ def test_target_copy_is_exact_when_hard() -> None:
 
 def test_schedules() -> None:
     config = Config(learning_starts=100, epsilon_start=0.9, epsilon_end=0.1, epsilon_steps=1_000)
-    assert epsilon(config, 99) == 1.0
-    assert epsilon(config, 500) == pytest.approx(0.5)
-    assert epsilon(config, 1_000) == epsilon(config, 9_000) == 0.1
+    assert falling_epsilon(config, 99) == 1.0
+    assert falling_epsilon(config, 500) == pytest.approx(0.5)
+    assert falling_epsilon(config, 1_000) == falling_epsilon(config, 9_000) == 0.1
     assert linear(1.0, 0.0, 4, 1) == 0.75
 
 

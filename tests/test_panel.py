@@ -150,6 +150,8 @@ class Full(io.StringIO):
 
 
 def test_output_that_cannot_be_written_ends_no_run():
+    with pytest.raises(OSError, match="No space left"):
+        Console(file=Full()).print("a line")
     with Panel("t", 10, console=Console(file=Full())) as panel:
         panel.say("a line")
         panel.update(5, 5)
