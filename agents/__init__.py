@@ -5,18 +5,38 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from agents.a2c import A2C
     from agents.dqn import DQN
+    from agents.ppo import PPO
     from agents.qtable import QTable
+    from agents.reinforce import REINFORCE
     from agents.sarsa import SARSA
     from agents.training import resume, train
+    from agents.trpo import TRPO
 
-__all__ = ["AGENTS", "DQN", "SARSA", "QTable", "load", "resume", "train"]
+__all__ = [
+    "A2C",
+    "AGENTS",
+    "DQN",
+    "PPO",
+    "REINFORCE",
+    "SARSA",
+    "TRPO",
+    "QTable",
+    "load",
+    "resume",
+    "train",
+]
 
 # name -> module and class; a table of names, so that listing the choices imports no torch
 AGENTS = {
-    "dqn": ("agents.dqn", "DQN"),
     "qtable": ("agents.qtable", "QTable"),
     "sarsa": ("agents.sarsa", "SARSA"),
+    "dqn": ("agents.dqn", "DQN"),
+    "reinforce": ("agents.reinforce", "REINFORCE"),
+    "a2c": ("agents.a2c", "A2C"),
+    "trpo": ("agents.trpo", "TRPO"),
+    "ppo": ("agents.ppo", "PPO"),
 }
 
 

@@ -68,8 +68,8 @@ class Agent(Protocol):
         """The probability of each action (N, A) when it does not explore."""
         ...
 
-    def exploration(self, step: int) -> float:
-        """How much the agent explores at a step (epsilon), for the logs."""
+    def schedule(self, step: int) -> dict[str, float]:
+        """What changes with the step (epsilon, step size, ...), by its name in the logs."""
         ...
 
     def update(self, batch: Any, steps: int = 1) -> Update:

@@ -47,9 +47,9 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 import backbones
-from agents.adam import Adam
 from agents.base import State, epsilon_greedy, falling_epsilon
 from agents.heads import DUELING, NOISY, QHead
+from agents.optimizers import Adam
 from backbones.base import Backbone
 from backbones.compute import Compute, copy_weights, guarded_compile, to_device
 from backbones.dense import Quick
@@ -127,8 +127,8 @@ class Config:
         chosen = {"n_step": self.n_step, "gamma": self.gamma, "clip_reward": self.clip_reward}
         return {**chosen, "priority": self.priority}
 
-    def rounds(self, steps: int) -> int:
-        """Updates in so many steps."""
+    def rounds(self, steps: int, num_envs: int) -> int:
+        """Updates in so many steps over all environments."""
         return max(steps - self.learning_starts, 0) // self.train_every * self.updates
 
     @property
@@ -375,9 +375,9 @@ class DQN:
         action = epsilon_greedy(self._rng, chance, len(first), self.actions, lambda: self._values(obs))
         return Decision(action + self._start, state)
 
-    def exploration(self, step: int) -> float:
-        """See `Agent.exploration`."""
-        return falling_epsilon(self.config, step)
+    def schedule(self, step: int) -> dict[str, float]:
+        """See `Agent.schedule`."""
+        return {"train/epsilon": falling_epsilon(self.config, step)}
 
     def greedy(self, obs: Any, first: np.ndarray, state: State) -> Decision:
         """The actions of highest value."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.dense import Quick, in_numpy
+from agents.distributions import Distribution
+from backbones.dense import MOST, Quick, in_numpy
 
 DUELING = ("off", "mean", "max", "naive")
 NOISY = ("off", "factorised", "independent")
@@ -104,10 +106,7 @@ class QHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Values of all actions."""
-        if not torch.is_autocast_enabled(features.device.type):
-            return self._values(features.float())
-        with torch.autocast(features.device.type, enabled=False):
-            return self._values(features.float())
+        return in_fp32(self._values, features)
 
     def quick(self) -> Quick | None:
         """The head in numpy, as `Backbone.quick`; None unless it is a single layer without noise."""
@@ -127,3 +126,81 @@ class QHead(nn.Module):
             return q
         value = self.value(features)  # (B, K)
         return duel(value.unsqueeze(1) if self.atoms > 1 else value, q, self.dueling)
+
+
+SPREADS = ("free", "state")
+
+
+class PolicyHead(nn.Module):
+    """The parameters of a distribution over actions, from a linear layer on the backbone's features.
+
+    The spread of a Gaussian is `free`, learned numbers that do not depend on the observation, or comes from the
+    features too (`state`), kept between e^-5 and e^2. In fp32, as QHead.
+    Shapes: features (B, F) -> (B, P).
+    """
+
+    def __init__(self, features: int, distribution: Distribution, spread: str, log_std: float) -> None:
+        """Start with the spread e^log_std."""
+        super().__init__()
+        spreads = torch.from_numpy(distribution.spreads)
+        count = int(spreads.sum())
+        self.free = nn.Parameter(torch.full((count,), log_std)) if spread == "free" and count else None
+        self.linear = nn.Linear(features, len(spreads) - (count if self.free is not None else 0))
+        self.spreads: Tensor | None
+        self.register_buffer("spreads", spreads if spread == "state" and count else None, persistent=False)
+        # where each parameter lies behind those of the net: only mixed spaces are not in order already
+        order = torch.argsort(spreads.long(), stable=True).argsort()
+        mixed = self.free is not None and bool((order != torch.arange(len(order))).any())
+        self.order: Tensor | None
+        self.register_buffer("order", order if mixed else None, persistent=False)
+        self.log_std = log_std
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Parameters of all distributions."""
+        return in_fp32(self._of, features)
+
+    def quick(self) -> Quick | None:
+        """The head in numpy, as `Backbone.quick`."""
+        linear = in_numpy([self.linear])
+        if linear is None or self.spreads is not None or self.order is not None or self.free is None:
+            return linear if self.free is None and self.spreads is None else None
+        free = self.free.detach().numpy()
+
+        def append(x: np.ndarray) -> np.ndarray:
+            return np.concatenate([x, np.broadcast_to(free, (len(x), len(free)))], 1)
+
+        return linear.then(Quick((append,), MOST))
+
+    def _of(self, features: Tensor) -> Tensor:
+        p = self.linear(features)
+        if self.free is not None:
+            p = torch.cat([p, self.free.expand(len(p), -1)], 1)
+            return p if self.order is None else p[:, self.order]
+        if self.spreads is None:
+            return p
+        return torch.where(self.spreads, (p + self.log_std).clamp(-5.0, 2.0), p)
+
+
+class ValueHead(nn.Module):
+    """V(s) by a linear layer on the backbone's features, in fp32. Shapes: features (B, F) -> (B,)."""
+
+    def __init__(self, features: int) -> None:
+        """One number."""
+        super().__init__()
+        self.linear = nn.Linear(features, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Values."""
+        return in_fp32(self.linear, features).squeeze(1)
+
+    def quick(self) -> Quick | None:
+        """The head in numpy, as `Backbone.quick`: (B, F) -> (B, 1)."""
+        return in_numpy([self.linear])
+
+
+def in_fp32(layer: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+    """`layer` of the features, in fp32 also under autocast."""
+    if not torch.is_autocast_enabled(features.device.type):
+        return layer(features.float())
+    with torch.autocast(features.device.type, enabled=False):
+        return layer(features.float())

@@ -5,19 +5,23 @@ envs --Transition--> replay --Batch--> agent.update --metrics--> watch --> runs/
   |                      +--- priority ----+
   +-------- weights (agent.act) -----------+
 
+On-policy agents forget what they have learned from: their memory is a rollout, and gives it away whole.
+
 An agent says in `loop` which function drives it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from agents.base import Agent, due
 from agents.watch import Watch
 from envs import Collector
-from replay import Decision, Five, Ring, Update
+from replay import Decision, Ring, Rollouts, Update
+from replay.tree import filled, leaves
 
 PORTION = 16 << 20  # bytes of samples drawn at a time
 
@@ -51,34 +55,46 @@ def off_policy(
     return step
 
 
-def on_policy(agent: Agent, collector: Collector, watch: Watch, steps: int, start: int = 0) -> int:
-    """Act, and learn from each step with the action that follows it; return the step reached.
+def on_policy(
+    agent: Any, collector: Collector, memory: Rollouts, watch: Watch, steps: int, start: int = 0
+) -> int:
+    """Act, and learn from what the present policy did as soon as the memory has enough of it; return the step reached.
 
-    The next action is chosen before the table or net learns from it, and is then really taken. In a state where an
-    episode was cut nothing follows: the action there is only drawn.
+    The decision after the last step is made before the update: its value is what a rollout bootstraps from. An agent
+    that `commits` really takes its action (SARSA); the others decide anew by what they have learned.
     """
     num_envs, step = collector.env.num_envs, start
-    state = agent.initial(num_envs)
-    if "action" in watch.carried:  # a resumed run has chosen already
-        decision = Decision(watch.carried["action"], state)
-    else:
-        decision = agent.act(collector.obs, collector.first, state, step)
-    watch.carried = {"action": decision.action}
+    decision = carried(watch.carried, collector.env.single_action_space)  # a resumed run has chosen already
+    if decision is None:
+        decision = agent.act(collector.obs, collector.first, agent.initial(num_envs), step)
+    watch.carried = luggage(decision)
     while step < steps and not watch.stopping:
         collector.send(decision.action)
-        done = collector.recv()
+        memory.add(collector.recv(), decision)
         before, step = step, step + num_envs
-        decision = agent.act(collector.obs, collector.first, decision.state, step)
-        following = decision.action
-        if np.count_nonzero(done.truncated):
-            drawn = agent.act(done.next_obs, np.zeros_like(done.first), decision.state, step).action
-            following = np.where(done.truncated, drawn, following)
-        update = agent.update(
-            Five(done.obs, done.action, done.reward, done.next_obs, done.terminated, following)
-        )
-        watch.carried = {"action": decision.action}
+        update, decision = None, agent.act(collector.obs, collector.first, decision.state, step)
+        if memory.full:
+            update = agent.update(memory.take(collector.obs, decision))
+            if not agent.commits:
+                decision = agent.act(collector.obs, collector.first, decision.state, step)
+        watch.carried = luggage(decision)
         watch.after(before, step, collector.episodes, update)
     return step
+
+
+def luggage(decision: Decision) -> dict[str, np.ndarray]:
+    """A decision as arrays by name, for a checkpoint."""
+    drawn = {"sample": decision.sample, "logp": decision.logp, "value": decision.value}
+    action = {f"action.{k}": leaf for k, (_, leaf) in enumerate(leaves(decision.action))}
+    return action | {name: array for name, array in drawn.items() if array is not None}
+
+
+def carried(arrays: dict[str, np.ndarray], space: Any) -> Decision | None:
+    """The decision that `luggage` packed; None: there was none."""
+    if not arrays:
+        return None
+    rows = (value for name, value in arrays.items() if name.startswith("action."))
+    return Decision(filled(space.sample(), rows), (), *map(arrays.get, ("sample", "logp", "value")))
 
 
 def portions(updates: int, batch: int, replay: Ring) -> Iterator[int]:

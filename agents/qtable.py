@@ -58,7 +58,7 @@ class Config:
         """What the replay is asked for, besides its capacity."""
         return {"gamma": self.gamma}
 
-    def rounds(self, steps: int) -> int:
+    def rounds(self, steps: int, num_envs: int) -> int:
         """Updates that a compiler could speed up: none."""
         return 0
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -27,13 +28,14 @@ from gymnasium import spaces
 from torch import Tensor
 
 import backbones
-from agents.adam import Adam
 from agents.base import default_backbone, linear
 from agents.dqn import QNet, td_loss
+from agents.optimizers import Adam
 from agents.tables import Table
 from agents.values import EpsilonGreedy, Holder
 from backbones.compute import Compute, guarded_compile, to_device
-from replay import Five, Update
+from replay import Five, Rollout, Rollouts, Update
+from replay.tree import mapped
 from runs.config import Knob, UserError, check
 
 
@@ -56,9 +58,9 @@ class Config:
         """Raises: UserError for a value out of range."""
         check(Config, vars(self))
 
-    def rounds(self, steps: int) -> int:
-        """Updates in so many steps of one environment."""
-        return steps
+    def rounds(self, steps: int, num_envs: int) -> int:
+        """Updates in so many steps over all environments."""
+        return steps // num_envs
 
 
 def sarsa_target(
@@ -139,6 +141,7 @@ class SARSA(EpsilonGreedy):
     name = "sarsa"
     Config = Config
     loop = "on_policy"
+    commits = True  # the action that was learned from is taken
     backbones = ("table", *backbones.BACKBONES)
 
     def hold(
@@ -170,11 +173,40 @@ class SARSA(EpsilonGreedy):
         config = self.config
         return linear(config.epsilon_start, config.epsilon_end, config.epsilon_steps, step)
 
-    def update(self, batch: Five, steps: int = 1) -> Update:
-        """Learn from one step of every environment."""
+    def memory(self, like: Any) -> Rollouts:
+        """One step, and the action after it."""
+        return Rollouts(1, like)
+
+    def update(self, batch: Rollout, steps: int = 1) -> Update:
+        """Learn from one step of every environment.
+
+        In a state where an episode was cut nothing follows: the action there is only drawn.
+        """
+        next_obs, following = batch.last_obs, batch.last.action
+        cut = batch.truncated[0]
+        if np.count_nonzero(cut):
+            next_obs = mapped(partial(_put, cut), batch.last_obs, batch.cut_obs)
+            drawn = self.act(next_obs, np.zeros_like(cut), batch.last.state, self._at).action
+            following = np.where(cut, drawn, following)
+        obs = mapped(_only, batch.obs)
+        five = Five(obs, batch.action[0], batch.reward[0], next_obs, batch.terminated[0], following)
+        return self.learn(five)
+
+    def learn(self, batch: Five) -> Update:
+        """Learn from samples of (s, a, r, s', a')."""
         discount = self.config.gamma * ~batch.terminated
         next_q = self.q.values(batch.next_obs)  # (N, A)
         target = sarsa_target(batch.reward, discount, next_q, batch.next_action - self._start)
         metrics = self.q.learn(batch.obs, batch.action - self._start, target)
         self.updates += 1
         return Update(metrics | {"q/target": torch.tensor(target.mean())}, None)
+
+
+def _only(leaf: np.ndarray) -> np.ndarray:
+    return leaf[0]
+
+
+def _put(rows: np.ndarray, into: np.ndarray, values: np.ndarray) -> np.ndarray:
+    changed = np.array(into)
+    changed[rows] = values
+    return changed

@@ -34,6 +34,7 @@ from runs import Run
 from runs.config import Knob, UserError, check, fields, nearest
 from runs.panel import Panel
 
+WIDE = 128  # dense layers of so many numbers gain from a second thread
 OBJECT = "object:"  # in config.json, before the class of a backbone that was given as an object
 
 
@@ -283,17 +284,16 @@ def _train(
     env = envs.make(config.env, config.num_envs, config.seed, chosen.env, **how)
     say(envs.describe(env))
     say(f"preset {settings['preset']}; backbone {settings['backbone']}")
-    updates = chosen.agent.rounds(
-        config.steps // config.num_envs if agent.loop == "on_policy" else config.steps
-    )
-    compute = choose(chosen.compute, image=_sees_image(env), updates=updates, say=say)
+    updates = chosen.agent.rounds(config.steps, config.num_envs)
+    wide = max(chosen.net.get("hidden", (WIDE,))) >= WIDE
+    compute = choose(chosen.compute, image=_sees_image(env), wide=wide, updates=updates, say=say)
     agent.build(env.single_observation_space, env.single_action_space, compute, of_agent, say)
-    replay = None
-    if agent.loop == "off_policy":
-        replay = _ring(chosen.agent, config, env, np.random.default_rng(of_replay))
     # the emulator of a single game takes more from the learning threads than the overlap gives back
     overlap = config.num_envs > 1 or compute.device != "cpu"
     collector = Collector(env, _number(of_envs), overlap=overlap, resumable=True)
+    off = agent.loop == "off_policy"
+    ring = partial(_ring, chosen.agent, config, env)
+    memory: Any = ring(np.random.default_rng(of_replay)) if off else agent.memory(collector.obs)  # type: ignore[attr-defined]  # on-policy agents have one
     if not collector.exact:
         say(f"{config.env} can neither be saved nor rebuilt: its episodes restart when the run is resumed")
     decided = {field.name: getattr(compute, field.name) for field in fields(ComputeConfig)}
@@ -305,7 +305,7 @@ def _train(
     with Stop() as stop, run, Panel(title, config.steps, folder=run.path) as panel:
         evaluator = Evaluator(config.env, chosen.env, config.eval_episodes, seed)
         watch = Watch(
-            agent, collector, replay, run, panel, stop, evaluator, envs.frame_skip(env), config, begun
+            agent, collector, memory, run, panel, stop, evaluator, envs.frame_skip(env), config, begun
         )
         if state is not None:
             try:
@@ -314,10 +314,8 @@ def _train(
                 raise UserError(
                     f"the checkpoint in {run.path} does not fit its config.json: {error}"
                 ) from None
-        if replay is not None:
-            step = off_policy(agent, collector, replay, watch, config.steps, step)
-        else:
-            step = on_policy(agent, collector, watch, config.steps, step)
+        drive = off_policy if off else on_policy
+        step = drive(agent, collector, memory, watch, config.steps, step)
         seconds, rates = watch.seconds, watch.rates(step)
         watch.save(step)
         collector.close()
@@ -381,7 +379,7 @@ def restore(path: str | Path, which: str) -> tuple[Agent, dict[str, Any], EnvCon
     agent = load(settings["agent"])(chosen.agent, backbone=settings["backbone"], net=chosen.net)
     env = envs.make(chosen.run.env, 1, 0, chosen.env)
     asked = ComputeConfig(precision=settings["precision"], compile="off")
-    compute = choose(asked, image=_sees_image(env), updates=0, say=lambda line: None)
+    compute = choose(asked, image=_sees_image(env), wide=False, updates=0, say=lambda line: None)
     agent.build(
         env.single_observation_space, env.single_action_space, compute, np.random.SeedSequence(0), print
     )

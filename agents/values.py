@@ -118,12 +118,17 @@ class EpsilonGreedy(ABC):
         """See `Agent.skipped_in_row`."""
         return self.q.skipped_in_row
 
+    def schedule(self, step: int) -> dict[str, float]:
+        """See `Agent.schedule`."""
+        return {"train/epsilon": self.exploration(step)}
+
     def initial(self, n: int) -> State:
         """No memory."""
         return ()
 
     def act(self, obs: Any, first: np.ndarray, state: State, step: int) -> Decision:
         """Epsilon-greedy."""
+        self._at = step
         chance = self.exploration(step)
         action = epsilon_greedy(self._rng, chance, len(first), self.actions, lambda: self.values(obs))
         return Decision(action + self._start, state)

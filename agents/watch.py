@@ -20,7 +20,7 @@ from agents.base import Agent, due
 from agents.evaluate import Evaluator, film
 from backbones.compute import ComputeConfig
 from envs import Collector, Episode
-from replay import Ring, Update
+from replay import Ring, Rollouts, Update
 from runs import Run, UserError
 from runs.config import RunFailed
 from runs.panel import Panel
@@ -61,7 +61,7 @@ class Watch:
 
     agent: Agent
     collector: Collector
-    replay: Ring | None  # None: nothing is remembered
+    replay: Ring | Rollouts
     run: Run
     panel: Panel
     stop: Stop
@@ -216,11 +216,10 @@ class Watch:
         self._guard(step)
         begun = time.perf_counter()
         self._keep()
-        unchanged = self.replay.unchanged() if self.replay is not None else ()
+        unchanged = self.replay.unchanged()
         try:
             self.run.save(step, self._state(step), {f"replay/{name}" for name in unchanged})
-            if self.replay is not None:
-                self.replay.saved()
+            self.replay.saved()
             self.saved = step
         except OSError as error:
             self.panel.say(
@@ -246,7 +245,7 @@ class Watch:
             "evaluation": self.evaluation,
         }
         kept = {}
-        if self.replay is not None and self.config.save_replay:
+        if self.config.save_replay:
             kept["replay"] = self.replay.state_dict()
         if self.carried:
             kept["loop"] = self.carried
@@ -274,9 +273,9 @@ class Watch:
                 raise ValueError(f"{name} was {before!r}, is {own.get(name)!r}")
         self.agent.load_state_dict(state)
         rebuilt = self.collector.load_state_dict(state["envs"])
-        if self.replay is not None and "replay" in state:
+        if "replay" in state:
             self.replay.load_state_dict(state["replay"])
-        elif self.replay is not None:
+        elif not self.config.save_replay:
             self.panel.say("the replay was not saved: learning goes on when it is filled again")
         if rebuilt:
             self.carried = dict(state.get("loop", {}))
@@ -333,7 +332,9 @@ class Watch:
         self._guard(step)
         metrics = {name: float(value) for name, value in pending.items()}
         speed = {"speed/steps_per_second": rate, "speed/frames_per_second": rate * self.frame_skip}
-        counts = {"train/updates": self.agent.updates, "train/epsilon": self.agent.exploration(step)}
-        self.run.log(step, metrics | counts | speed)
-        shown = {"loss": metrics["loss/td"], "epsilon": counts["train/epsilon"]}
+        counts = {"train/updates": self.agent.updates}
+        follows = self.agent.schedule(step)
+        self.run.log(step, metrics | counts | follows | speed)
+        loss = next(value for name, value in metrics.items() if name.startswith("loss/"))
+        shown = {"loss": loss} | {name.split("/")[1]: value for name, value in follows.items()}
         self.panel.update(step, step * self.frame_skip, **shown)

@@ -73,12 +73,14 @@ class Compute:
         return f"{where}, {self.precision}, {'compiled' if self.compile else 'eager'} update"
 
 
-def choose(config: ComputeConfig, *, image: bool, updates: int, say: Callable[[str], None]) -> Compute:
+def choose(
+    config: ComputeConfig, *, image: bool, updates: int, say: Callable[[str], None], wide: bool = True
+) -> Compute:
     """Resolve every "auto" for a net that reads images or not, in a run of about `updates` updates.
 
-    Sets torch's thread count. Convolutions use every core. Dense nets act on one thread, and learn on two where the
-    update is compiled: otherwise the cost is dispatch, not arithmetic. Compilation costs 5-20 s, which long runs earn
-    back.
+    Sets torch's thread count. Convolutions use every core. Dense nets act on one thread, and learn on two where they
+    are `wide` and the update is compiled: otherwise the cost is dispatch, not arithmetic. Compilation costs 5-20 s,
+    which long runs earn back.
     """
     device = config.device
     if device == "auto":
@@ -91,7 +93,7 @@ def choose(config: ComputeConfig, *, image: bool, updates: int, say: Callable[[s
     if compiled and not _can_compile(device):
         say("no C++ compiler found: the update runs uncompiled (slower, same results up to rounding)")
         compiled = False
-    threads = config.threads or (CORES if image else min(CORES, 2) if compiled else 1)
+    threads = config.threads or (CORES if image else min(CORES, 2) if compiled and wide else 1)
     torch.set_num_threads(threads)
     precision = config.precision
     if precision == "auto":

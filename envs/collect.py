@@ -6,15 +6,15 @@ Source: autoreset modes, https://farama.org/Vector-Autoreset-Mode (SAME_STEP is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from gymnasium.spaces import Discrete
+from gymnasium.spaces import Dict, Discrete, Tuple
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from envs.journal import EVERY, SEEDED, Journal, Stateful, reset, spread
 from envs.workers import WorkerFault
+from replay.tree import filled, leaves, mapped
 from replay.types import Transition
 from runs.config import RunFailed, UserError
 
@@ -67,7 +67,7 @@ class Collector:
         self._lengths = np.zeros(env.num_envs, np.int64)
         self._waiting: Overlapped | None = env if overlap and isinstance(env, Overlapped) else None
         self.faults: list[tuple[int, str]] = []  # step and reason of each failure of an environment's process
-        self._action: np.ndarray | None = None
+        self._action: Any = None
         self._result: Any = None
         self._stateful: Stateful | None = env if isinstance(env, Stateful) else None
         seeded = isinstance(env.unwrapped, SEEDED) and not env.metadata.get("nondeterministic", False)
@@ -75,10 +75,10 @@ class Collector:
         self._journal = Journal(env, seed, every) if kept else None
         # decided once: a step of a small environment takes no longer than a few such questions
         self._checked = ActionCheck(env)
-        self._floats = [path for path, leaf in _leaves(self.obs) if leaf.dtype.kind == "f"]
+        self._floats = [path for path, leaf in leaves(self.obs) if leaf.dtype.kind == "f"]
         self._check_obs(self.obs)
 
-    def send(self, action: np.ndarray) -> None:
+    def send(self, action: Any) -> None:
         """Take `action` (N, *A) in every env.
 
         Raises: ValueError for a wrong shape or an action out of range; RuntimeError before the last `recv`.
@@ -151,7 +151,7 @@ class Collector:
             "returns": self._returns,
             "lengths": self._lengths,
         }
-        own |= {f"obs.{k}": leaf for k, (_, leaf) in enumerate(_leaves(self.obs))}
+        own |= {f"obs.{k}": leaf for k, (_, leaf) in enumerate(leaves(self.obs))}
         kept = self._stateful.get_state() if self._stateful is not None else {}
         kept = self._journal.state_dict() if self._journal is not None else kept
         return own | {f"env.{name}": value for name, value in kept.items()}
@@ -169,8 +169,8 @@ class Collector:
             except WorkerFault as fault:
                 self._rebuilt(fault)
         self.steps = int(state["steps"])
-        stood = [leaf for _, leaf in _leaves(self._stood(state))]
-        if found is not None and all(map(np.array_equal, stood, [leaf for _, leaf in _leaves(found)])):
+        stood = [leaf for _, leaf in leaves(self._stood(state))]
+        if found is not None and all(map(np.array_equal, stood, [leaf for _, leaf in leaves(found)])):
             self.obs, self.first = found, np.array(state["first"])
             self._returns[...], self._lengths[...] = state["returns"], state["lengths"]
             return True
@@ -183,7 +183,7 @@ class Collector:
 
     def _stood(self, state: dict[str, np.ndarray]) -> Any:
         """The observations (N, *S) that a `state_dict` holds."""
-        return _filled(self.obs, iter([state[f"obs.{k}"] for k, _ in enumerate(_leaves(self.obs))]))
+        return filled(self.obs, (np.array(state[f"obs.{k}"]) for k, _ in enumerate(leaves(self.obs))))
 
     def unfinished(self, rows: np.ndarray) -> list[Episode]:
         """The episodes of these envs as they stand."""
@@ -208,7 +208,7 @@ class Collector:
         except WorkerFault as fault:
             return self._recover(fault, action)
 
-    def _recover(self, fault: WorkerFault, action: np.ndarray) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+    def _recover(self, fault: WorkerFault, action: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Rebuild the environments, those that failed from a new seed, and take the step again.
 
         What the failed ones did in their last step is lost; they take its action in their new first state.
@@ -273,22 +273,31 @@ class Collector:
 class ActionCheck:
     """Checks the actions (N, *A) of a vector env, and copies them: the caller may reuse its buffer.
 
-    Raises: ValueError for a wrong shape or an action out of range.
+    Raises: ValueError for a wrong shape, an action out of range, or a number that is not finite.
     """
 
     def __init__(self, env: VectorEnv) -> None:
         """Look up what is allowed."""
         space = env.single_action_space
+        self.parts = None
+        if isinstance(space, (Dict, Tuple)):
+            self.parts = {path: _leaf_space(space, path) for path, _ in leaves(space.sample())}
+            self.n = env.num_envs
+            return
         self.shape = (env.num_envs, *(space.shape or ()))
         self.discrete = isinstance(space, Discrete)
         self.low, self.count = (int(space.start), int(space.n)) if isinstance(space, Discrete) else (0, 0)
 
-    def __call__(self, action: Any) -> np.ndarray:
+    def __call__(self, action: Any) -> Any:
         """The actions, whole numbers as int64."""
+        if self.parts is not None:
+            return self._tree(action)
         action = np.array(action)
         if action.shape != self.shape:
             raise ValueError(f"action must have shape {self.shape}, got {action.shape}")
         if not self.discrete:
+            if action.dtype.kind == "f" and not _finite(action):
+                raise ValueError(f"action must be finite, got {action}")
             return action
         whole = action.dtype.kind in "iu"
         if whole:
@@ -300,6 +309,22 @@ class ActionCheck:
         row = int(bad.argmax()) if whole else 0
         allowed = f"[{self.low}, {self.low + self.count - 1}]"
         raise ValueError(f"action of env {row} must be a whole number in {allowed}, got {action[row]}")
+
+    def _tree(self, action: Any) -> Any:
+        found = dict(leaves(action))
+        if list(found) != list(self.parts or ()):
+            raise ValueError(f"action must have the parts {list(self.parts or ())}, got {list(found)}")
+        for path, space in (self.parts or {}).items():
+            part = np.asarray(found[path])
+            if len(part) != self.n or not all(space.contains(row) for row in part):
+                raise ValueError(f"part {path} of action must be {self.n} of {space}, got {part}")
+        return mapped(np.array, action)
+
+
+def _leaf_space(space: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        space = space[key]
+    return space
 
 
 def _successor(obs: Any, info: dict[str, Any], ended: np.ndarray) -> Any:
@@ -323,26 +348,6 @@ def _put(obs: Any, rows: np.ndarray, last: Any) -> Any:
     changed = np.array(obs)
     changed[rows] = last
     return changed
-
-
-def _leaves(obs: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
-    if isinstance(obs, dict):
-        for name, part in obs.items():
-            yield from _leaves(part, (*path, name))
-    elif isinstance(obs, tuple):
-        for k, part in enumerate(obs):
-            yield from _leaves(part, (*path, k))
-    elif isinstance(obs, np.ndarray):
-        yield path, obs
-
-
-def _filled(obs: Any, leaves: Iterator[np.ndarray]) -> Any:
-    """The structure of `obs` with other leaves, in the order of `_leaves`."""
-    if isinstance(obs, dict):
-        return {name: _filled(part, leaves) for name, part in obs.items()}
-    if isinstance(obs, tuple):
-        return tuple(_filled(part, leaves) for part in obs)
-    return np.array(next(leaves)) if isinstance(obs, np.ndarray) else obs
 
 
 def _finite(value: np.ndarray) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 
+from replay.tree import filled, leaves, mapped
 from runs.config import UserError
 
 EVERY = 20_000  # steps of one environment; a native Atari game takes 0.15 s to start from a seed
@@ -74,19 +75,29 @@ class Journal:
     def __init__(self, env: VectorEnv, seed: int, every: int = EVERY) -> None:
         """Of an env that was just `reset` from `seed`."""
         self._env, self._seed, self._every = env, seed, every
-        n, shape = env.num_envs, env.single_action_space.shape or ()
+        n = env.num_envs
         self._rows = np.arange(n)
         self._seeds = np.array(spread(seed, n))  # (N,) of the last seeded reset
         self._restarts = np.zeros(n, np.int64)  # (N,) seeded resets after the first one
         self._length = np.zeros(n, np.int64)  # (N,) steps since
         self._most = 0  # at least the longest of them
-        self._past = np.zeros((1024, n, *shape), env.single_action_space.dtype)  # (T, N, *A) actions since
+        one = mapped(np.asarray, env.single_action_space.sample())
+        self._past = mapped(
+            lambda leaf: np.zeros((1024, n, *leaf.shape), leaf.dtype), one
+        )  # (T, N, *A) since
+        self._room = 1024  # T
 
-    def note(self, action: np.ndarray) -> None:
+    def note(self, action: Any) -> None:
         """Remember the actions (N, *A) about to be taken."""
-        if self._most == len(self._past):
-            self._past = np.concatenate([self._past, np.zeros_like(self._past)])
-        self._past[self._length, self._rows] = action
+        if self._most == self._room:
+            self._past = mapped(lambda leaf: np.concatenate([leaf, np.zeros_like(leaf)]), self._past)
+            self._room *= 2
+        at = self._length, self._rows
+        if isinstance(self._past, np.ndarray):
+            self._past[at] = action
+        else:
+            for (_, past), (_, leaf) in zip(leaves(self._past), leaves(action), strict=True):
+                past[at] = leaf
         self._length += 1
         self._most += 1
 
@@ -121,12 +132,13 @@ class Journal:
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The journal, its actions cut to what is needed."""
-        past = self._past[: max(int(self._length.max()), 1)]
+        needed = max(int(self._length.max()), 1)
+        past = {".".join(map(str, ("journal", *path))): leaf[:needed] for path, leaf in leaves(self._past)}
         return {
             "seeds": self._seeds,
             "restarts": self._restarts,
             "journal_length": self._length,
-            "journal": past,
+            **past,
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> Any:
@@ -137,7 +149,10 @@ class Journal:
             (self._length, "journal_length"),
         ):
             own[...] = state[name]
-        self._past, self._most = np.array(state["journal"]), int(self._length.max())
+        names = (".".join(map(str, ("journal", *path))) for path, _ in leaves(self._past))
+        self._past = filled(self._past, (np.array(state[name]) for name in names))
+        self._room = len(next(leaf for _, leaf in leaves(self._past)))
+        self._most = int(self._length.max())
         return self._rebuild()
 
     def _rebuild(self) -> Any:
@@ -150,8 +165,12 @@ class Journal:
                 obs = restart(self._env, waits == t, self._seeds)
             if t < longest:
                 # what an env does before its seeded reset does not count: any valid action will do
-                action = self._past[np.maximum(t - waits, 0), self._rows].copy()
-                idle = waits > t
-                action[idle] = self._past[0, waits.argmin()]
-                obs = self._env.step(action)[0]
+                at, idle, early = np.maximum(t - waits, 0), waits > t, waits.argmin()
+
+                def then(past: np.ndarray, at: Any = at, idle: Any = idle, early: Any = early) -> np.ndarray:
+                    action = past[at, self._rows]
+                    action[idle] = past[0, early]
+                    return action
+
+                obs = self._env.step(mapped(then, self._past))[0]
         return obs

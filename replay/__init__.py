@@ -1,13 +1,14 @@
-"""What is remembered: rings of transitions, and the types that cross the rooms."""
+"""What is remembered: rings of transitions, rollouts, and the types that cross the rooms."""
 
 from typing import TYPE_CHECKING, Any
 
-from replay.types import Batch, Decision, Five, Transition, Update
+from replay.rollout import Episodes, Rollouts
+from replay.types import Batch, Decision, Five, Rollout, Transition, Update
 
 if TYPE_CHECKING:
     from replay.ring import Ring
 
-__all__ = ["Batch", "Decision", "Five", "Ring", "Transition", "Update"]
+__all__ = ["Batch", "Decision", "Episodes", "Five", "Ring", "Rollout", "Rollouts", "Transition", "Update"]
 
 
 def __getattr__(name: str) -> Any:

@@ -62,5 +62,30 @@ class Update(NamedTuple):
 class Decision(NamedTuple):
     """What an agent decided for N environments, and the memory it carries to the next step."""
 
-    action: np.ndarray  # (N, *A)
+    action: Any  # (N, *A), as the environment takes it; a dict or tuple of such in Dict and Tuple spaces
     state: tuple[Any, ...]  # () for agents without memory
+    sample: np.ndarray | None = None  # (N, K) float32: what the policy drew, before it became the action
+    logp: np.ndarray | None = None  # (N,) its log-probability
+    value: np.ndarray | None = None  # (N,) what the critic expects
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments in order, as they were acted.
+
+    `terminated` cuts the bootstrap, `terminated | truncated` the trace. Observations stand here once: the successor of
+    step t is that of step t + 1, or for the last one `last_obs`; only where an episode was truncated the successor is
+    in `cut_obs`.
+    """
+
+    obs: Any  # (T, N, *S)
+    action: np.ndarray  # (T, N, K) what a policy drew; (T, N, *A) actions of agents that draw from none
+    reward: np.ndarray  # (T, N) float32, unclipped
+    terminated: np.ndarray  # (T, N) bool
+    truncated: np.ndarray  # (T, N) bool, False where terminated
+    first: np.ndarray  # (T, N) bool
+    logp: np.ndarray  # (T, N), or (T, 0) if nobody asked
+    value: np.ndarray  # (T, N), or (T, 0)
+    cut_obs: Any  # (C, *S) true successors of the truncated steps, in the order of np.nonzero(truncated)
+    last_obs: Any  # (N, *S) what is seen after the last step
+    last: Decision  # there, by the weights that acted
+    state: tuple[Any, ...]  # memory before the first step

@@ -11,10 +11,10 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from agents.adam import Adam
 from agents.base import due, falling_epsilon, linear
 from agents.dqn import DQN, Config, q_target, td_loss
 from agents.loop import PORTION, portions
+from agents.optimizers import Adam
 from backbones.compute import Compute
 from replay import Batch, Ring, Transition
 from runs import UserError

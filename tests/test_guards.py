@@ -14,7 +14,7 @@ import torch
 from gymnasium import spaces
 
 from agents import train
-from agents.adam import Adam
+from agents.optimizers import Adam
 from agents.watch import Watch
 from envs import Collector
 from envs.workers import WorkerFault

@@ -137,7 +137,7 @@ def test_sarsa_update_by_hand() -> None:
     agent.build(spaces.Discrete(2), spaces.Discrete(2, start=3), CPU, np.random.SeedSequence(0))
     agent.q.q[...] = [[0, 2], [4, 6]]  # type: ignore[attr-defined]
     five = Five(*map(np.array, ([0, 0], [3, 4], [1.0, 1.0], [1, 1], [False, True], [3, 4])))
-    agent.update(five)
+    agent.learn(five)
     assert agent.q.values(np.array([0])).tolist() == [[1.5, 1.5]]  # 0 + .5 (1 + .5 * 4);  2 + .5 (1 - 2)
 
 
@@ -159,7 +159,7 @@ def test_sarsa_on_a_net_takes_the_step_of_its_loss() -> None:
     loss.backward()
     torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
     optimizer.step()
-    update = agent.update(Five(obs, action, reward, next_obs, terminated, following))
+    update = agent.learn(Five(obs, action, reward, next_obs, terminated, following))
     assert float(update.metrics["loss/td"]) == pytest.approx(loss.item(), rel=1e-5)
     for ours, theirs in zip(agent.q.net.parameters(), net.parameters(), strict=True):  # type: ignore[attr-defined]
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
@@ -285,19 +285,19 @@ def test_truncation_bootstraps_and_termination_does_not(agent: QTable | SARSA) -
 def test_what_follows_a_cut_is_drawn_where_it_was_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the truncated clock the successor is time 1, never the time 0 of the next episode."""
     agent, seen, learned = SARSA(epsilon_start=0.5, epsilon_end=0.5), [], []
-    act, update = SARSA.act, SARSA.update
+    act, learn = SARSA.act, SARSA.learn
 
     def noted(self: SARSA, obs: Any, *rest: Any) -> Any:
         decision = act(self, obs, *rest)
         seen.append((np.array(obs), decision.action))
         return decision
 
-    def taught(self: SARSA, five: Five, steps: int = 1) -> Any:
+    def taught(self: SARSA, five: Five) -> Any:
         learned.append((five, list(seen)))
-        return update(self, five, steps)
+        return learn(self, five)
 
     monkeypatch.setattr(SARSA, "act", noted)
-    monkeypatch.setattr(SARSA, "update", taught)
+    monkeypatch.setattr(SARSA, "learn", taught)
     tabular(agent, "chordate/Truncation-v0", 60, num_envs=2)
     cut = 0
     for (five, drawn), (later, _) in itertools.pairwise(learned):

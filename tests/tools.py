@@ -140,7 +140,7 @@ def tabular(
         ring = Ring(config.capacity, num_envs, seen, acted, rng=np.random.default_rng(seed), **config.replay)
         off_policy(agent, collector, ring, watch, steps)  # type: ignore[arg-type]  # duck-typed watch
     else:
-        on_policy(agent, collector, watch, steps)  # type: ignore[arg-type]  # duck-typed watch
+        on_policy(agent, collector, agent.memory(collector.obs), watch, steps)  # type: ignore[arg-type]  # duck-typed watch
     collector.close()
     return watch
 

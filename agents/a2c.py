@@ -1,0 +1,119 @@
+"""A2C: one gradient step on each short rollout of several environments.
+
+    L = -mean A log pi(a|s) + value_weight mean (V(s) - R)^2 / 2 - entropy H(pi)
+    A = GAE(gamma, lam),   R = A + V(s); with lam = 1 the n-step return of the rollout
+
+Source: Mnih et al. 2016, arXiv 1602.01783, section 4 and algorithm S3, all environments in step instead of threads;
+course notes 6.4 (actor-critic).
+
+Deviations: (1) an episode that was truncated bootstraps from its true last state; (2) RMSProp with its epsilon within
+the root, or Adam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents import returns
+from agents.actor import ActorConfig, PolicyAgent, Samples
+from agents.optimizers import OPTIMIZERS
+from agents.ppo import normalized, value_loss
+from backbones.compute import guarded_compile
+from replay import Rollout, Rollouts
+from runs.config import Knob
+
+
+@dataclass(frozen=True)
+class Config(ActorConfig):
+    """The knobs of A2C."""
+
+    lr: Annotated[float, Knob("step size", above=0)] = 7e-4
+    rollout: Annotated[int, Knob("steps of each environment between updates", low=1)] = 5
+    lam: Annotated[float, Knob("of the advantages: 0 one step, 1 the whole rollout", low=0, high=1)] = 1.0
+    entropy: Annotated[float, Knob("weight of the entropy bonus", low=0)] = 0.0
+    value_weight: Annotated[float, Knob("weight of the critic's loss", low=0)] = 0.5
+    normalize_advantage: Annotated[bool, Knob("to mean 0, spread 1 in each update")] = False
+    optimizer: Annotated[str, Knob("of all weights", choices=tuple(OPTIMIZERS))] = "rmsprop"
+    optimizer_eps: Annotated[float, Knob("epsilon of the optimiser", above=0)] = 1e-5
+
+    def rounds(self, steps: int, num_envs: int) -> int:
+        """Updates in so many steps over all environments."""
+        return steps // (self.rollout * num_envs)
+
+
+def actor_loss(logp: Tensor, advantage: Tensor) -> Tensor:
+    """-mean A log pi(a|s), (); no gradient through A. Shapes: (B,)."""
+    return -(advantage.detach() * logp).mean()
+
+
+class A2C(PolicyAgent):
+    """The agent; `build` gives it networks, then it can act and learn."""
+
+    name = "a2c"
+    Config = Config
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """See `PolicyAgent.prepare`."""
+        config = self.config
+        learned = (p for p in self.model.parameters() if p.requires_grad)  # a backbone may come frozen
+        how = dict(lr=config.lr, eps=config.optimizer_eps, max_norm=config.max_grad_norm)
+        self.optimizer = OPTIMIZERS[config.optimizer](learned, **how)
+        self._graph = guarded_compile(self._step, say) if self.compute.compile else self._step
+
+    def memory(self, like: Any) -> Rollouts:
+        """See `PolicyAgent.memory`."""
+        return Rollouts(self.config.rollout, like)
+
+    @property
+    def skipped_in_row(self) -> int:
+        """See `Agent.skipped_in_row`."""
+        return int(self.optimizer.longest)
+
+    def estimate(self, rollout: Rollout, reward: np.ndarray, next_value: np.ndarray) -> tuple[Any, Any]:
+        """GAE, and R = A + V."""
+        ended = rollout.terminated | rollout.truncated
+        gamma, lam = self.config.gamma, self.config.lam
+        advantage = returns.gae(reward, rollout.value, next_value, rollout.terminated, ended, gamma, lam)
+        return advantage, advantage + rollout.value
+
+    def learn(self, samples: Samples) -> dict[str, Tensor]:
+        """One gradient step."""
+        self.compute.learning()
+        self.optimizer.begin(self._lr(self.steps))
+        metrics = self._graph(samples.obs, samples.action, samples.advantage, samples.return_)
+        self.updates += 1
+        return metrics | {"train/skipped": self.optimizer.skipped}
+
+    def _step(self, obs: Any, action: Tensor, advantage: Tensor, return_: Tensor) -> dict[str, Tensor]:
+        config = self.config
+        with self.compute.autocast():
+            p, value = self.model(obs)
+        if config.normalize_advantage:
+            advantage = normalized(advantage)
+        of_policy = actor_loss(self.distribution.log_prob(p, action), advantage)
+        of_value = value_loss(value, value, return_, None)
+        entropy = self.distribution.entropy(p).mean()
+        loss = of_policy + config.value_weight * of_value - config.entropy * entropy
+        gradients = torch.autograd.grad(loss, self.optimizer.parameters)
+        norm = self.optimizer.step(gradients, loss.detach())
+        return {
+            "loss/policy": of_policy.detach(),
+            "loss/value": of_value.detach(),
+            "policy/entropy": entropy.detach(),
+            "train/grad_norm": norm,
+        }
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """See `Agent.state_dict`."""
+        return {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """See `Agent.load_state_dict`."""
+        super().load_state_dict(state)
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,316 @@
+"""What the policy-gradient agents share: a policy with a critic, acting, and a rollout made ready to learn from.
+
+An agent on top of it adds the loss. Data flow of one update:
+
+    rollout (T, N) -> rewards clipped or scaled -> next values -> advantages, returns -> Samples (B = T N) -> loss
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+import backbones
+from agents import returns
+from agents.base import State, linear
+from agents.distributions import Categorical, Distribution, of_space
+from agents.heads import SPREADS, PolicyHead, ValueHead
+from agents.normalize import ObsNormalizer, RewardScaler
+from backbones.base import Backbone
+from backbones.compute import Compute, to_device
+from replay import Decision, Rollout, Rollouts, Update
+from replay.tree import mapped
+from runs.config import Knob, RunFailed, UserError, check
+
+
+@dataclass(frozen=True)
+class ActorConfig:
+    """The knobs that all of these agents have; steps are agent decisions over all environments."""
+
+    lr: Annotated[float, Knob("step size", above=0)] = 3e-4
+    lr_end: Annotated[float | None, Knob("step size in the end; by itself lr", above=0)] = None
+    lr_steps: Annotated[int, Knob("steps from lr to lr_end", low=1)] = 1_000_000
+    gamma: Annotated[float, Knob("discount of one step", low=0, high=1)] = 0.99
+    max_grad_norm: Annotated[float, Knob("gradients are scaled down to this norm", above=0)] = 0.5
+    separate: Annotated[bool, Knob("critic on a backbone of its own")] = True
+    orthogonal: Annotated[bool, Knob("orthogonal weights at first, small ones for the policy")] = True
+    spread: Annotated[str, Knob("of Gaussians: learned numbers, or by the state", choices=SPREADS)] = "free"
+    log_std: Annotated[float, Knob("log of the spread at first", low=-5, high=2)] = 0.0
+    squash: Annotated[bool, Knob("bounded actions by tanh instead of cutting them off")] = False
+    normalize_obs: Annotated[bool, Knob("bring observed vectors to mean 0, spread 1")] = False
+    normalize_reward: Annotated[bool, Knob("divide rewards by the spread of returns")] = False
+    clip_reward: Annotated[bool, Knob("learn from the sign of each reward")] = False
+
+    def __post_init__(self) -> None:
+        """Raises: UserError for a value out of range."""
+        check(type(self), vars(self))
+        if self.lr_end is None and self.lr_steps != type(self).lr_steps:
+            raise UserError("--lr-steps has no effect without --lr-end")
+
+
+class Samples(NamedTuple):
+    """A rollout to learn from, its T N steps in a row."""
+
+    obs: Any  # (B, *S)
+    action: Tensor  # (B, K) what the policy drew
+    logp: Tensor  # (B,) then
+    value: Tensor  # (B,) V(s) then
+    advantage: Tensor  # (B,)
+    return_: Tensor  # (B,) what the critic should have said
+
+
+class ActorCritic(nn.Module):
+    """A backbone with a policy head, and a critic on the same or another backbone."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        critic: Backbone | None,
+        distribution: Distribution,
+        config: ActorConfig,
+        normalizer: ObsNormalizer | None,
+    ) -> None:
+        """Put new heads on the backbones; `critic` None: it shares that of the policy."""
+        super().__init__()
+        self.normalizer, self.backbone, self.critic = normalizer, backbone, critic
+        self.policy = PolicyHead(backbone.features, distribution, config.spread, config.log_std)
+        self.value = ValueHead((critic or backbone).features)
+        if config.orthogonal:
+            for trunk in [backbone] if critic is None else [backbone, critic]:
+                orthogonal(trunk, 2**0.5)
+            orthogonal(self.policy, 0.01)
+            orthogonal(self.value, 1.0)
+
+    def forward(self, obs: Any) -> tuple[Tensor, Tensor]:
+        """Parameters of the policy (B, P) and values (B,) of obs (B, *S)."""
+        obs = self.seen(obs)
+        features = self.backbone(obs)[0]
+        of_critic = features if self.critic is None else self.critic(obs)[0]
+        return self.policy(features), self.value(of_critic)
+
+    def seen(self, obs: Any) -> Any:
+        """Observations as the backbones get them."""
+        return obs if self.normalizer is None else self.normalizer(obs)
+
+    def quick(self) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None:
+        """`forward` in numpy for at most `rows` observations, where all parts have that form."""
+        trunk, head, value = self.backbone.quick(), self.policy.quick(), self.value.quick()
+        critic = trunk if self.critic is None else self.critic.quick()
+        if trunk is None or head is None or value is None or critic is None:
+            return None
+        shared = self.critic is None
+
+        def run(obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            x = obs if seen is None else seen(obs)
+            features = trunk(x)
+            return head(features), value(features if shared else critic(x))[:, 0]
+
+        seen = None if self.normalizer is None else self.normalizer.quick()
+        self.rows = min(part.rows for part in (trunk, critic, head, value))
+        return run
+
+    rows = 0  # of `quick`
+
+
+def orthogonal(module: nn.Module, gain: float) -> None:
+    """Orthogonal weights of every dense and convolutional layer, biases 0.
+
+    Source: Saxe et al. 2014, arXiv 1312.6120; the gains are those of OpenAI Baselines' PPO.
+    """
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            nn.init.orthogonal_(layer.weight, gain)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+class PolicyAgent(ABC):
+    """An agent with a policy; below it are final classes only."""
+
+    name: str
+    Config: type[Any]
+    loop = "on_policy"
+    commits = False  # the action after a rollout is drawn by the weights that learned from it
+    backbones = tuple(backbones.BACKBONES)
+
+    def __init__(
+        self,
+        config: Any = None,
+        *,
+        backbone: str | Backbone = "",
+        net: dict[str, Any] | None = None,
+        **knobs: Any,
+    ) -> None:
+        """With `config`, or the default changed by `knobs`, on a backbone and that backbone's knobs.
+
+        Raises: UserError for an unknown knob or a value out of range.
+        """
+        check(self.Config, knobs)
+        self.config = replace(config or self.Config(), **knobs)
+        self.backbone, self.net = backbone, net or {}
+        self.updates, self.steps = 0, 0  # gradient steps, and agent steps learned from
+
+    def build(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        compute: Compute,
+        seed: np.random.SeedSequence,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """See `Agent.build`."""
+        config, self.compute, self._say = self.config, compute, say
+        self.distribution = of_space(action_space, squash=config.squash)
+        weights, exploration, order = seed.spawn(3)
+        self._rng, self._order = np.random.default_rng(exploration), np.random.default_rng(order)
+        normalizer = ObsNormalizer(observation_space) if config.normalize_obs else None
+        with torch.random.fork_rng(devices=[]):  # torch's initialisers take no generator
+            torch.manual_seed(int(weights.generate_state(1, np.uint64)[0] >> 1))
+            name = self.backbone or backbones.default(observation_space)
+            trunk = backbones.build(name, observation_space, **self.net)
+            critic = None
+            if config.separate:
+                if not isinstance(name, str):
+                    raise UserError("--separate needs a backbone by name: one object cannot be both")
+                critic = backbones.build(name, observation_space, **self.net)
+            self.model = ActorCritic(trunk, critic, self.distribution, config, normalizer).to(compute.device)
+        self._quick = self.model.quick() if compute.device == "cpu" else None
+        self._reward = RewardScaler(config.gamma) if config.normalize_reward else None
+        self.prepare(say)
+
+    @abstractmethod
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Make optimisers and graphs for `self.model`."""
+
+    @abstractmethod
+    def learn(self, samples: Samples) -> dict[str, Tensor]:
+        """Improve policy and critic; returns metrics."""
+
+    @abstractmethod
+    def memory(self, like: Any) -> Rollouts:
+        """What collects the steps of one update; observations look like `like` (N, *S)."""
+
+    @abstractmethod
+    def estimate(self, rollout: Rollout, reward: np.ndarray, next_value: np.ndarray) -> tuple[Any, Any]:
+        """Advantages and the critic's targets, both (T, N)."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that are learned."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def initial(self, n: int) -> State:
+        """No memory."""
+        return ()
+
+    def act(self, obs: Any, first: np.ndarray, state: State, step: int) -> Decision:
+        """Draw from the policy."""
+        noise = self.distribution.noise(self._rng, len(first))
+        p, value = self._forward(obs)
+        with torch.inference_mode():
+            sample = self.distribution.sample(p, torch.from_numpy(noise))
+            logp = self.distribution.log_prob(p, sample).numpy()
+        drawn = sample.numpy()
+        return Decision(self.distribution.action(drawn), state, drawn, logp, value)
+
+    def greedy(self, obs: Any, first: np.ndarray, state: State) -> Decision:
+        """The most probable action."""
+        p, _ = self._forward(obs)
+        return Decision(self.distribution.action(self.distribution.mode(p).numpy()), state)
+
+    def values(self, obs: Any) -> np.ndarray:
+        """V(s) (N, 1) of numpy observations (N, *S)."""
+        return self._forward(obs)[1][:, None]
+
+    def probabilities(self, obs: Any) -> np.ndarray:
+        """See `Agent.probabilities`; (N, 0) where actions are not numbered."""
+        p, _ = self._forward(obs)
+        if isinstance(self.distribution, Categorical):
+            return p.softmax(1).numpy()
+        return np.zeros((len(p), 0), np.float32)
+
+    def schedule(self, step: int) -> dict[str, float]:
+        """See `Agent.schedule`."""
+        return {"train/lr": self._lr(step)}
+
+    def update(self, batch: Rollout, steps: int = 1) -> Update:
+        """Learn from a rollout."""
+        samples = self.samples(batch)
+        self.steps += len(samples.advantage)
+        metrics = self.learn(samples)
+        if self.model.normalizer is not None:
+            self.model.normalizer.learn(batch.obs)
+        return Update(metrics, None)
+
+    def samples(self, rollout: Rollout) -> Samples:
+        """The rollout with its advantages and returns, on the device."""
+        ended = rollout.terminated | rollout.truncated
+        reward = np.sign(rollout.reward) if self.config.clip_reward else rollout.reward
+        if self._reward is not None:
+            reward = self._reward(reward, ended)
+        cut = self._forward(rollout.cut_obs)[1] if rollout.truncated.any() else np.zeros(0, np.float32)
+        assert rollout.last.value is not None
+        next_value = returns.next_values(rollout.value, rollout.last.value, rollout.truncated, cut)
+        advantage, return_ = self.estimate(rollout, reward, next_value)
+        flat = [
+            mapped(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), part)
+            for part in (rollout.obs, rollout.action, rollout.logp, rollout.value, advantage, return_)
+        ]
+        return Samples(*(to_device(part, self.compute.device) for part in flat))
+
+    def _forward(self, obs: Any) -> tuple[Tensor, np.ndarray]:
+        """Parameters (N, P) on the CPU and values (N,) of numpy observations (N, *S)."""
+        if self._quick is not None and len(obs) <= self.model.rows:
+            numbers, value = self._quick(obs)
+            p = torch.from_numpy(numbers)
+        else:
+            with self.compute.acting():
+                p, value = (part.cpu() for part in self.model(to_device(obs, self.compute.device)))
+                numbers, value = p.numpy(), value.numpy()
+        if not np.isfinite(numbers).all():
+            raise RunFailed(self._diagnosis())
+        return p, value
+
+    def _diagnosis(self) -> str:
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                return f"the policy's output is not finite: {name} holds NaN or infinity. A smaller --lr may help"
+        return "the policy's output is not finite though its weights are: observations may be too large"
+
+    def _lr(self, step: int) -> float:
+        config = self.config
+        return config.lr if config.lr_end is None else linear(config.lr, config.lr_end, config.lr_steps, step)
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """See `Agent.state_dict`."""
+        counters = {
+            "updates": self.updates,
+            "learned": self.steps,
+            "exploration": self._rng.bit_generator.state,
+            "order": self._order.bit_generator.state,
+        }
+        kept = {"weights": dict(self.model.state_dict()), "counters": counters}
+        if self._reward is not None:
+            kept["rewards"] = self._reward.state_dict()
+        return kept
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """See `Agent.load_weights`."""
+        self.model.load_state_dict(weights)
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """See `Agent.load_state_dict`."""
+        self.load_weights(state["weights"])
+        counters = state["counters"]
+        self.updates, self.steps = counters["updates"], counters["learned"]
+        self._rng.bit_generator.state = counters["exploration"]
+        self._order.bit_generator.state = counters["order"]
+        if self._reward is not None:
+            self._reward.load_state_dict(state["rewards"])

@@ -1,0 +1,411 @@
+"""Distributions over actions, as pure functions of their parameters.
+
+A policy net gives numbers (B, P) for each observation; a distribution turns them into samples (B, K) and their
+log-probabilities. What the environment is given (`action`) is made of the sample, never the other way round, so that
+nothing has to be inverted.
+
+Sizes: B batch, P parameters, K numbers of a sample, Q numbers of noise that a sample is made of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium import spaces
+from torch import Tensor
+
+from runs.config import UserError
+
+MOST_DEPTH = 4  # of Dict and Tuple spaces in each other
+NEVER = -1e9  # logit of an action that is masked
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+class Distribution(Protocol):
+    """What every distribution offers."""
+
+    @property
+    def parameters(self) -> int:
+        """P."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """K."""
+        ...
+
+    @property
+    def spreads(self) -> np.ndarray:
+        """Which parameters (P,) bool are the log of a spread: they may be learned apart from the observation."""
+        ...
+
+    def noise(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """What `count` samples are made of: (count, Q) float32."""
+        ...
+
+    def sample(self, p: Tensor, noise: Tensor) -> Tensor:
+        """A draw (B, K) from parameters (B, P) and noise (B, Q)."""
+        ...
+
+    def mode(self, p: Tensor) -> Tensor:
+        """The most probable sample (B, K)."""
+        ...
+
+    def log_prob(self, p: Tensor, x: Tensor) -> Tensor:
+        """Log-probability or log-density (B,) of the action that the sample x (B, K) stands for."""
+        ...
+
+    def entropy(self, p: Tensor) -> Tensor:
+        """In nats (B,), of the action."""
+        ...
+
+    def kl(self, p: Tensor, q: Tensor) -> Tensor:
+        """KL(p || q) (B,) of two sets of parameters (B, P)."""
+        ...
+
+    def curvature(self, p: Tensor, v: Tensor) -> Tensor:
+        """The Fisher information of the parameters p times v, (B, P): the Hessian of KL(p || q) in q at q = p."""
+        ...
+
+    def action(self, x: np.ndarray) -> Any:
+        """Samples (B, K) as the environment takes them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """One of n actions; parameters are logits (B, n), a sample is the number of the action (B, 1)."""
+
+    n: int
+    start: int = 0
+    shape: tuple[int, ...] = ()  # of one action
+    width: int = field(default=1, init=False)
+
+    @property
+    def parameters(self) -> int:
+        """n."""
+        return self.n
+
+    @property
+    def spreads(self) -> np.ndarray:
+        """See `Distribution.spreads`."""
+        return np.zeros(self.n, bool)
+
+    def noise(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Uniform in [0, 1)."""
+        return rng.random((count, 1), np.float32)
+
+    def sample(self, p: Tensor, noise: Tensor) -> Tensor:
+        """The first action at which the cumulated probability exceeds the noise."""
+        below = (p.softmax(1).cumsum(1) <= noise).sum(1, keepdim=True)  # (B, 1)
+        last = _last_possible(p)
+        return torch.minimum(below, last).float()  # the sum may stay below 1 by rounding
+
+    def mode(self, p: Tensor) -> Tensor:
+        """The largest logit."""
+        return p.argmax(1, keepdim=True).float()
+
+    def log_prob(self, p: Tensor, x: Tensor) -> Tensor:
+        """Of the action's logit."""
+        return p.log_softmax(1).gather(1, x.long()).squeeze(1)
+
+    def entropy(self, p: Tensor) -> Tensor:
+        """-sum p log p."""
+        log = p.log_softmax(1)
+        return -(log.exp() * log).sum(1)
+
+    def kl(self, p: Tensor, q: Tensor) -> Tensor:
+        """sum p (log p - log q)."""
+        log = p.log_softmax(1)
+        return (log.exp() * (log - q.log_softmax(1))).sum(1)
+
+    def curvature(self, p: Tensor, v: Tensor) -> Tensor:
+        """(diag(pi) - pi pi^T) v."""
+        pi = p.softmax(1)
+        return pi * (v - (pi * v).sum(1, keepdim=True))
+
+    def action(self, x: np.ndarray) -> np.ndarray:
+        """Whole numbers (B, *shape) from `start` on."""
+        return (x[:, 0].astype(np.int64) + self.start).reshape(-1, *self.shape)
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """n independent yes or no; parameters are logits (B, n), a sample is 0 or 1 in each place (B, n)."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def parameters(self) -> int:
+        """n."""
+        return math.prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        """n."""
+        return self.parameters
+
+    @property
+    def spreads(self) -> np.ndarray:
+        """See `Distribution.spreads`."""
+        return np.zeros(self.parameters, bool)
+
+    def noise(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Uniform in [0, 1)."""
+        return rng.random((count, self.width), np.float32)
+
+    def sample(self, p: Tensor, noise: Tensor) -> Tensor:
+        """1 where the noise is below the probability."""
+        return (noise < p.sigmoid()).float()
+
+    def mode(self, p: Tensor) -> Tensor:
+        """1 where that is more probable."""
+        return (p > 0).float()
+
+    def log_prob(self, p: Tensor, x: Tensor) -> Tensor:
+        """sum x log s(p) + (1 - x) log s(-p)."""
+        return -F.binary_cross_entropy_with_logits(p, x, reduction="none").sum(1)
+
+    def entropy(self, p: Tensor) -> Tensor:
+        """The cross-entropy with itself."""
+        return F.binary_cross_entropy_with_logits(p, p.sigmoid(), reduction="none").sum(1)
+
+    def kl(self, p: Tensor, q: Tensor) -> Tensor:
+        """Of each place, summed."""
+        cross = F.binary_cross_entropy_with_logits(q, p.sigmoid(), reduction="none").sum(1)
+        return cross - self.entropy(p)
+
+    def curvature(self, p: Tensor, v: Tensor) -> Tensor:
+        """s(p) s(-p) v."""
+        return p.sigmoid() * (-p).sigmoid() * v
+
+    def action(self, x: np.ndarray) -> np.ndarray:
+        """int8 (B, *shape)."""
+        return x.astype(np.int8).reshape(-1, *self.shape)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Independent normal numbers; parameters are K means and K logs of the spread, (B, 2 K).
+
+    Bounded actions live in [-1, 1] here and are moved to [low, high]: cut off there, or with `squash` by
+    tanh, whose log-probability has the change of variables in it.
+    Source of the tanh form: Haarnoja et al. 2018, arXiv 1801.01290, appendix C.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    squash: bool
+    dtype: Any = np.float32
+
+    @property
+    def width(self) -> int:
+        """K."""
+        return math.prod(self.low.shape)
+
+    @property
+    def parameters(self) -> int:
+        """2 K."""
+        return 2 * self.width
+
+    @cached_property
+    def bounded(self) -> bool:
+        """Whether every number has both bounds."""
+        return bool(np.isfinite(self.low).all() and np.isfinite(self.high).all())
+
+    @cached_property
+    def _scale(self) -> float:
+        """log |d action / d number in [-1, 1]|, summed over K."""
+        return float(np.log((self.high - self.low) / 2).sum()) if self.bounded else 0.0
+
+    @property
+    def spreads(self) -> np.ndarray:
+        """See `Distribution.spreads`."""
+        return np.repeat([False, True], self.width)
+
+    def noise(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Standard normal."""
+        return rng.standard_normal((count, self.width), np.float32)
+
+    def sample(self, p: Tensor, noise: Tensor) -> Tensor:
+        """mean + spread * noise, before tanh."""
+        mean, log_std = p.chunk(2, 1)
+        return mean + log_std.exp() * noise
+
+    def mode(self, p: Tensor) -> Tensor:
+        """The mean, before tanh."""
+        return p.chunk(2, 1)[0]
+
+    def log_prob(self, p: Tensor, x: Tensor) -> Tensor:
+        """log N(x; mean, spread) - log |d action / d x|."""
+        mean, log_std = p.chunk(2, 1)
+        standard = (x - mean) * (-log_std).exp()
+        density = -(0.5 * standard.square() + log_std + HALF_LOG_2PI).sum(1)
+        return density - self._scale - (_log_slope(x).sum(1) if self.squash else 0.0)
+
+    def entropy(self, p: Tensor) -> Tensor:
+        """sum log spread + log(2 pi e) / 2; squashed, plus the mean of log |d action / d x| by quadrature."""
+        mean, log_std = p.chunk(2, 1)
+        plain = (log_std + 0.5 + HALF_LOG_2PI).sum(1) + self._scale
+        if not self.squash:
+            return plain
+        nodes, weights = (torch.as_tensor(a, dtype=p.dtype, device=p.device) for a in _QUADRATURE)
+        x = mean.unsqueeze(2) + log_std.exp().unsqueeze(2) * nodes  # (B, K, nodes)
+        return plain + (_log_slope(x) * weights).sum((1, 2))
+
+    def kl(self, p: Tensor, q: Tensor) -> Tensor:
+        """log s_q / s_p + (s_p^2 + (m_p - m_q)^2) / 2 s_q^2 - 1/2, summed; tanh changes nothing."""
+        (mean_p, log_p), (mean_q, log_q) = p.chunk(2, 1), q.chunk(2, 1)
+        ratio = ((2 * log_p).exp() + (mean_p - mean_q).square()) * (-2 * log_q).exp()
+        return (log_q - log_p + 0.5 * ratio - 0.5).sum(1)
+
+    def curvature(self, p: Tensor, v: Tensor) -> Tensor:
+        """v / s^2 for means, 2 v for logs of the spread."""
+        _, log_std = p.chunk(2, 1)
+        of_mean, of_log = v.chunk(2, 1)
+        return torch.cat([of_mean * (-2 * log_std).exp(), 2 * of_log], 1)
+
+    def action(self, x: np.ndarray) -> np.ndarray:
+        """Numbers (B, *shape) within the bounds."""
+        x = np.tanh(x) if self.squash else x
+        x = x.reshape(-1, *self.low.shape)
+        if self.bounded:
+            half = (self.high - self.low) / 2
+            x = self.low + half * (np.clip(x, -1, 1) + 1)
+        return np.clip(x, self.low, self.high).astype(self.dtype)
+
+
+@dataclass(frozen=True)
+class Product:
+    """Several independent distributions side by side; `pack` puts their actions together."""
+
+    parts: tuple[Distribution, ...]
+    pack: Callable[[list[Any]], Any]
+
+    @property
+    def parameters(self) -> int:
+        """The sum of theirs."""
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def width(self) -> int:
+        """The sum of theirs."""
+        return sum(part.width for part in self.parts)
+
+    @property
+    def spreads(self) -> np.ndarray:
+        """Theirs, side by side."""
+        return np.concatenate([part.spreads for part in self.parts])
+
+    def noise(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Theirs, side by side."""
+        return np.concatenate([part.noise(rng, count) for part in self.parts], 1)
+
+    def sample(self, p: Tensor, noise: Tensor) -> Tensor:
+        """Theirs, side by side; each takes as much noise as its sample is wide."""
+        split = zip(self.parts, self._split(p), noise.split(self._widths, 1), strict=True)
+        return torch.cat([part.sample(own, drawn) for part, own, drawn in split], 1)
+
+    def mode(self, p: Tensor) -> Tensor:
+        """Theirs, side by side."""
+        return torch.cat([part.mode(own) for part, own in zip(self.parts, self._split(p), strict=True)], 1)
+
+    def log_prob(self, p: Tensor, x: Tensor) -> Tensor:
+        """The sum of theirs."""
+        split = zip(self.parts, self._split(p), x.split(self._widths, 1), strict=True)
+        return torch.stack([part.log_prob(own, of) for part, own, of in split]).sum(0)
+
+    def entropy(self, p: Tensor) -> Tensor:
+        """The sum of theirs."""
+        split = zip(self.parts, self._split(p), strict=True)
+        return torch.stack([part.entropy(own) for part, own in split]).sum(0)
+
+    def kl(self, p: Tensor, q: Tensor) -> Tensor:
+        """The sum of theirs."""
+        split = zip(self.parts, self._split(p), self._split(q), strict=True)
+        return torch.stack([part.kl(own, other) for part, own, other in split]).sum(0)
+
+    def curvature(self, p: Tensor, v: Tensor) -> Tensor:
+        """Theirs, side by side."""
+        split = zip(self.parts, self._split(p), self._split(v), strict=True)
+        return torch.cat([part.curvature(own, of) for part, own, of in split], 1)
+
+    def action(self, x: np.ndarray) -> Any:
+        """Theirs, put together."""
+        edges = np.cumsum(self._widths)[:-1]
+        return self.pack(
+            [part.action(own) for part, own in zip(self.parts, np.split(x, edges, 1), strict=True)]
+        )
+
+    @cached_property
+    def _widths(self) -> list[int]:
+        return [part.width for part in self.parts]
+
+    def _split(self, p: Tensor) -> Sequence[Tensor]:
+        return p.split([part.parameters for part in self.parts], 1)
+
+
+def of_space(space: spaces.Space[Any], *, squash: bool = False, depth: int = 0) -> Distribution:
+    """The distribution over the actions of a space.
+
+    Raises: UserError for a space without one (Text, Graph, Sequence, Box of whole numbers), for tanh over a Box
+    without bounds, and for Dict and Tuple spaces nested too deep.
+    """
+    if isinstance(space, spaces.Discrete):
+        return Categorical(int(space.n), int(space.start))
+    if isinstance(space, spaces.MultiDiscrete):
+        starts = np.broadcast_to(space.start, space.shape).ravel()
+        parts = [Categorical(int(n), int(s)) for n, s in zip(space.nvec.ravel(), starts, strict=True)]
+        shape = space.shape
+        return Product(tuple(parts), lambda found: np.stack(found, 1).reshape(-1, *shape))
+    if isinstance(space, spaces.MultiBinary):
+        return Bernoulli(tuple(space.shape))
+    if isinstance(space, spaces.Box) and space.dtype is not None and space.dtype.kind == "f":
+        made = Gaussian(space.low, space.high, squash, space.dtype)
+        if squash and not made.bounded:
+            raise UserError(f"--squash needs bounds, and {space} has none; leave it off")
+        return made
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        if depth == MOST_DEPTH:
+            raise UserError(f"actions are nested deeper than {MOST_DEPTH} Dict or Tuple spaces")
+        inner = list(space.spaces.values()) if isinstance(space, spaces.Dict) else list(space.spaces)
+        names = list(space.spaces) if isinstance(space, spaces.Dict) else None
+        found = tuple(of_space(each, squash=squash, depth=depth + 1) for each in inner)
+        pack = tuple if names is None else lambda made: dict(zip(names, made, strict=True))
+        return Product(found, pack)
+    raise UserError(f"no policy draws actions of {space}")
+
+
+def masked(p: Tensor, mask: Tensor) -> Tensor:
+    """Logits (B, n) with those of forbidden actions (mask False) out of reach.
+
+    Source: Huang and Ontañón 2022, arXiv 2006.14171.
+    """
+    return torch.where(mask, p, NEVER)
+
+
+def _last_possible(p: Tensor) -> Tensor:
+    """The highest action (B, 1) that is not masked."""
+    order = torch.arange(p.shape[1], device=p.device)
+    return torch.where(p > NEVER / 2, order, 0).amax(1, keepdim=True)
+
+
+def _log_slope(x: Tensor) -> Tensor:
+    """log(1 - tanh(x)^2) without its overflow: 2 (log 2 - x - softplus(-2 x))."""
+    return 2 * (math.log(2) - x - F.softplus(-2 * x))
+
+
+def _hermite(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights whose weighted sum of f is the mean of f under the standard normal."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(count)
+    return nodes, weights / weights.sum()
+
+
+_QUADRATURE = _hermite(20)

@@ -1,0 +1,198 @@
+"""PPO: several epochs of minibatches on each rollout, with a limit on how far the policy may move.
+
+    r(theta) = pi(a|s) / pi_old(a|s)
+    L_policy = -mean min(r A, clip(r, 1 - c, 1 + c) A)
+    L_value  = mean (V(s) - R)^2 / 2              or the larger of it and that of V clipped around V_old
+    L        = L_policy + value_weight L_value - entropy H(pi)
+    A        = GAE(gamma, lam),   R = A + V_old
+
+Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7 and 9, algorithm 1; course notes 6.4 (the clipped objective).
+
+Deviations: (1) advantages are brought to mean 0, spread 1 in each minibatch, or each rollout; (2) an episode that was
+truncated bootstraps from its true last state; (3) V may be clipped (`--clip-value`), as OpenAI Baselines does; (4) an
+update may end early, when the policy has moved by 1.5 `--target-kl` (Spinning Up).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents import returns
+from agents.actor import ActorConfig, PolicyAgent, Samples
+from agents.base import linear
+from agents.optimizers import Adam
+from backbones.compute import guarded_compile
+from replay import Rollout, Rollouts
+from replay.tree import mapped
+from runs.config import Knob, UserError
+
+
+@dataclass(frozen=True)
+class Config(ActorConfig):
+    """The knobs of PPO."""
+
+    rollout: Annotated[int, Knob("steps of each environment between updates", low=1)] = 128
+    epochs: Annotated[int, Knob("passes over each rollout", low=1)] = 4
+    batch: Annotated[int, Knob("samples of a minibatch", low=2)] = 256
+    lam: Annotated[float, Knob("of the advantages: 0 one step, 1 the whole return", low=0, high=1)] = 0.95
+    clip: Annotated[float, Knob("how far the ratio may go from 1", above=0)] = 0.2
+    clip_end: Annotated[float | None, Knob("clip in the end; by itself clip", above=0)] = None
+    clip_steps: Annotated[int, Knob("steps from clip to clip_end", low=1)] = 1_000_000
+    clip_value: Annotated[float | None, Knob("how far V may move in an update; none: any", above=0)] = None
+    target_kl: Annotated[float | None, Knob("an update ends when KL exceeds 1.5 of it", above=0)] = None
+    entropy: Annotated[float, Knob("weight of the entropy bonus", low=0)] = 0.0
+    value_weight: Annotated[float, Knob("weight of the critic's loss", low=0)] = 0.5
+    normalize_advantage: Annotated[str, Knob("in each", choices=("minibatch", "rollout", "off"))] = (
+        "minibatch"
+    )
+    adam_eps: Annotated[float, Knob("Adam epsilon", above=0)] = 1e-5
+
+    def __post_init__(self) -> None:
+        """Raises: UserError for a value out of range, or a knob whose part is off."""
+        super().__post_init__()
+        if self.clip_end is None and self.clip_steps != Config.clip_steps:
+            raise UserError("--clip-steps has no effect without --clip-end")
+
+    def rounds(self, steps: int, num_envs: int) -> int:
+        """Updates in so many steps over all environments."""
+        if self.rollout * num_envs % self.batch:
+            raise UserError(
+                f"--batch {self.batch} must divide a rollout, {self.rollout} steps of {num_envs} environments"
+            )
+        return steps * self.epochs // self.batch
+
+
+def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip: Tensor) -> Tensor:
+    """-mean min(r A, clip(r) A), (). Shapes: clip (), the others (B,). Source: eq. 7."""
+    ratio = (logp - old_logp).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+
+
+def value_loss(value: Tensor, old_value: Tensor, target: Tensor, clip: float | None) -> Tensor:
+    """mean (V - R)^2 / 2, or the larger of that and the same of V within `clip` of what it was. Shapes: (B,) -> ()."""
+    error = (value - target).square()
+    if clip is not None:
+        near = old_value + (value - old_value).clamp(-clip, clip)
+        error = torch.maximum(error, (near - target).square())
+    return 0.5 * error.mean()
+
+
+def approximate_kl(logp: Tensor, old_logp: Tensor) -> Tensor:
+    """KL(old || new), (), from samples of old: mean r - 1 - log r. Source: Schulman 2020, "Approximating KL"."""
+    log_ratio = logp - old_logp
+    return (log_ratio.exp() - 1 - log_ratio).mean()
+
+
+def normalized(advantage: Tensor) -> Tensor:
+    """Mean 0 and spread 1. Shapes: (B,) -> (B,)."""
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+
+
+class PPO(PolicyAgent):
+    """The agent; `build` gives it networks, then it can act and learn."""
+
+    name = "ppo"
+    Config = Config
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """See `PolicyAgent.prepare`."""
+        config = self.config
+        learned = (p for p in self.model.parameters() if p.requires_grad)  # a backbone may come frozen
+        self.optimizer = Adam(learned, lr=config.lr, eps=config.adam_eps, max_norm=config.max_grad_norm)
+        self._clip = torch.zeros((), device=self.compute.device)
+        self._graph = guarded_compile(self._step, say) if self.compute.compile else self._step
+
+    def memory(self, like: Any) -> Rollouts:
+        """See `PolicyAgent.memory`."""
+        return Rollouts(self.config.rollout, like)
+
+    @property
+    def skipped_in_row(self) -> int:
+        """See `Agent.skipped_in_row`."""
+        return int(self.optimizer.longest)
+
+    def estimate(self, rollout: Rollout, reward: np.ndarray, next_value: np.ndarray) -> tuple[Any, Any]:
+        """GAE, and R = A + V."""
+        ended = rollout.terminated | rollout.truncated
+        gamma, lam = self.config.gamma, self.config.lam
+        advantage = returns.gae(reward, rollout.value, next_value, rollout.terminated, ended, gamma, lam)
+        return advantage, advantage + rollout.value
+
+    def learn(self, samples: Samples) -> dict[str, Tensor]:
+        """Epochs of minibatches."""
+        config = self.config
+        self.compute.learning()
+        if config.normalize_advantage == "rollout":
+            samples = samples._replace(advantage=normalized(samples.advantage))
+        lr, metrics = self._lr(self.steps), {}
+        self._clip.fill_(self._clip_at(self.steps))
+        for _ in range(config.epochs):
+            for part in self._minibatches(samples):
+                self.optimizer.begin(lr)
+                metrics = self._graph(*part)
+                self.updates += 1
+                if config.target_kl is not None and float(metrics["policy/kl"]) > 1.5 * config.target_kl:
+                    return metrics | self._end(samples)
+        return metrics | self._end(samples)
+
+    def _minibatches(self, samples: Samples) -> Iterator[Samples]:
+        """The samples in a new order, in parts of `batch`."""
+        size, batch = len(samples.advantage), self.config.batch
+        order = torch.from_numpy(self._order.permutation(size)).to(self.compute.device)
+        for rows in order.split(batch):
+            yield Samples(*(mapped(lambda leaf, rows=rows: leaf[rows], part) for part in samples))
+
+    def _step(self, *part: Any) -> dict[str, Tensor]:
+        """One gradient step on a minibatch."""
+        config, samples = self.config, Samples(*part)
+        with self.compute.autocast():
+            p, value = self.model(samples.obs)
+        logp = self.distribution.log_prob(p, samples.action)
+        entropy = self.distribution.entropy(p).mean()
+        advantage = samples.advantage
+        if config.normalize_advantage == "minibatch":
+            advantage = normalized(advantage)
+        of_policy = policy_loss(logp, samples.logp, advantage, self._clip)
+        of_value = value_loss(value, samples.value, samples.return_, config.clip_value)
+        loss = of_policy + config.value_weight * of_value - config.entropy * entropy
+        gradients = torch.autograd.grad(loss, self.optimizer.parameters)
+        norm = self.optimizer.step(gradients, loss.detach())
+        kl = approximate_kl(logp.detach(), samples.logp)
+        clipped = ((logp.detach() - samples.logp).exp() - 1).abs() > self._clip
+        return {
+            "loss/policy": of_policy.detach(),
+            "loss/value": of_value.detach(),
+            "policy/entropy": entropy.detach(),
+            "policy/kl": kl,
+            "policy/clipped": clipped.float().mean(),
+            "train/grad_norm": norm,
+        }
+
+    def _end(self, samples: Samples) -> dict[str, Tensor]:
+        left = (samples.return_ - samples.value).var() / (samples.return_.var() + 1e-8)
+        return {"value/explained": 1 - left, "train/skipped": self.optimizer.skipped}
+
+    def _clip_at(self, step: int) -> float:
+        config = self.config
+        if config.clip_end is None:
+            return config.clip
+        return linear(config.clip, config.clip_end, config.clip_steps, step)
+
+    def schedule(self, step: int) -> dict[str, float]:
+        """See `Agent.schedule`."""
+        return {**super().schedule(step), "train/clip": self._clip_at(step)}
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """See `Agent.state_dict`."""
+        return {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """See `Agent.load_state_dict`."""
+        super().load_state_dict(state)
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,269 @@
+"""TRPO: the largest step that improves the surrogate and keeps the policy within a KL distance of the old one.
+
+    L(theta) = mean pi(a|s) / pi_old(a|s) A            the surrogate
+    x        = F^-1 g     by conjugate gradient,       g = grad L,  F = mean J^T M J + damping I
+    step     = sqrt(2 delta / x^T F x) x
+    theta    = theta_old + shrink^k step               the first k with L > L_old and mean KL(old || new) <= delta
+
+J is the Jacobian of the distribution's parameters by the weights, M the Fisher matrix of those parameters.
+No k will do: theta_old, bit by bit. The critic has a backbone of its own and is fitted to R = A + V by Adam.
+
+Source: Schulman et al. 2015, arXiv 1502.05477, eq. 14, section 6 and appendix C; course notes 6.4 (TRPO).
+
+Deviations: (1) an episode that was truncated bootstraps from its true last state; (2) advantages are brought to mean
+0, spread 1; (3) an entropy bonus can be part of the surrogate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents import returns
+from agents.actor import ActorConfig, PolicyAgent, Samples
+from agents.distributions import Distribution
+from agents.optimizers import Adam
+from agents.ppo import normalized, value_loss
+from backbones.compute import guarded_compile
+from replay import Rollout, Rollouts
+from replay.tree import mapped
+from runs.config import Knob, UserError
+
+
+@dataclass(frozen=True)
+class Config(ActorConfig):
+    """The knobs of TRPO; `lr` is the critic's."""
+
+    lr: Annotated[float, Knob("critic's step size", above=0)] = 1e-3
+    rollout: Annotated[int, Knob("steps of each environment between updates", low=1)] = 1_024
+    lam: Annotated[float, Knob("of the advantages: 0 one step, 1 the whole return", low=0, high=1)] = 0.95
+    delta: Annotated[float, Knob("most KL between two policies", above=0)] = 0.01
+    damping: Annotated[float, Knob("added to the Fisher matrix", low=0)] = 0.1
+    cg_steps: Annotated[int, Knob("steps of the conjugate gradient", low=1)] = 15
+    shrink: Annotated[float, Knob("of the step at each try of the line search", above=0, high=0.99)] = 0.8
+    tries: Annotated[int, Knob("of the line search", low=1)] = 10
+    epochs: Annotated[int, Knob("critic's passes over each rollout", low=1)] = 10
+    batch: Annotated[int, Knob("samples of the critic's minibatches", low=2)] = 128
+    normalize_advantage: Annotated[bool, Knob("to mean 0, spread 1 in each update")] = True
+    entropy: Annotated[float, Knob("weight of the entropy bonus", low=0)] = 0.0
+    adam_eps: Annotated[float, Knob("Adam epsilon of the critic", above=0)] = 1e-5
+
+    def __post_init__(self) -> None:
+        """Raises: UserError for a value out of range."""
+        super().__post_init__()
+        if not self.separate:
+            raise UserError("--no-separate is not for trpo: policy and critic take steps of their own")
+
+    def rounds(self, steps: int, num_envs: int) -> int:
+        """Updates of the critic in so many steps over all environments."""
+        if self.rollout * num_envs % self.batch:
+            raise UserError(
+                f"--batch {self.batch} must divide a rollout, {self.rollout} steps of {num_envs} environments"
+            )
+        return steps * self.epochs // self.batch
+
+
+def surrogate(logp: Tensor, old_logp: Tensor, advantage: Tensor) -> Tensor:
+    """mean r A, (). Shapes: all (B,). Source: arXiv 1502.05477, eq. 14."""
+    return ((logp - old_logp).exp() * advantage).mean()
+
+
+def conjugate_gradient(product: Callable[[Tensor], Tensor], g: Tensor, steps: int) -> Tensor:
+    """x with A x = g for a symmetric positive definite A, given v -> A v. Shapes: (D,).
+
+    Source: Hestenes and Stiefel 1952; ends early where the residual is nearly zero.
+    """
+    x, residual = torch.zeros_like(g), g.clone()
+    direction, size = residual.clone(), residual @ residual
+    for _ in range(steps):
+        if float(size) < 1e-10:
+            break
+        image = product(direction)
+        length = size / (direction @ image)
+        x = x + length * direction
+        residual = residual - length * image
+        smaller = residual @ residual
+        direction, size = residual + smaller / size * direction, smaller
+    return x
+
+
+class Fisher:
+    """v -> (mean J^T M J + damping I) v, the curvature of the mean KL at the policy's weights.
+
+    J v is taken as the gradient of u -> J^T u, which is linear, so that two passes back do for each product.
+    Source: Pearlmutter 1994; arXiv 1502.05477, appendix C.1.
+    """
+
+    def __init__(
+        self, distribution: Distribution, p: Tensor, weights: Sequence[Tensor], damping: float
+    ) -> None:
+        """Of parameters p (B, P) that depend on the weights."""
+        self.distribution, self.p, self.weights, self.damping = distribution, p, weights, damping
+        self._u = torch.zeros_like(p, requires_grad=True)
+        back = torch.autograd.grad(p, weights, self._u, create_graph=True)
+        self._back = flat(back)  # (D,) J^T u
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """The product, (D,) -> (D,)."""
+        (forward,) = torch.autograd.grad(self._back, self._u, v, retain_graph=True)  # (B, P) J v
+        bent = self.distribution.curvature(self.p.detach(), forward) / len(forward)
+        return flat(torch.autograd.grad(self.p, self.weights, bent, retain_graph=True)) + self.damping * v
+
+
+def line_search(
+    weights: Sequence[Tensor],
+    step: Tensor,
+    judge: Callable[[], tuple[float, float]],
+    before: float,
+    delta: float,
+    shrink: float,
+    tries: int,
+) -> tuple[int, float]:
+    """Move the weights by the longest of the steps shrink^k `step` that is good; returns k (or -1) and its KL.
+
+    `judge` gives the surrogate and KL where the weights are. Good: surrogate > before, and KL <= delta. If none is,
+    the weights are what they were, to the bit.
+    """
+    old = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for k in range(tries):
+            for weight, start, part in zip(weights, old, unflat(shrink**k * step, weights), strict=True):
+                weight.copy_(start + part)
+            gain, kl = judge()
+            if gain > before and kl <= delta:
+                return k, kl
+        for weight, start in zip(weights, old, strict=True):
+            weight.copy_(start)
+    return -1, 0.0
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All of them as one vector (D,)."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def unflat(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of a vector (D,) in the shapes of `like`."""
+    parts = vector.split([tensor.numel() for tensor in like])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+class TRPO(PolicyAgent):
+    """The agent; `build` gives it networks, then it can act and learn."""
+
+    name = "trpo"
+    Config = Config
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """See `PolicyAgent.prepare`."""
+        config, model = self.config, self.model
+        policy = [*model.backbone.parameters(), *model.policy.parameters()]
+        self._weights = [p for p in policy if p.requires_grad]  # a backbone may come frozen
+        assert model.critic is not None
+        critic = [*model.critic.parameters(), *model.value.parameters()]
+        how: Any = dict(lr=config.lr, eps=config.adam_eps, max_norm=config.max_grad_norm)
+        self.optimizer = Adam((p for p in critic if p.requires_grad), **how)
+        self._fit = guarded_compile(self._fit_step, say) if self.compute.compile else self._fit_step
+        self._refused = 0
+
+    def memory(self, like: Any) -> Rollouts:
+        """See `PolicyAgent.memory`."""
+        return Rollouts(self.config.rollout, like)
+
+    @property
+    def skipped_in_row(self) -> int:
+        """See `Agent.skipped_in_row`."""
+        return int(self.optimizer.longest)
+
+    def estimate(self, rollout: Rollout, reward: np.ndarray, next_value: np.ndarray) -> tuple[Any, Any]:
+        """GAE, and R = A + V."""
+        ended = rollout.terminated | rollout.truncated
+        gamma, lam = self.config.gamma, self.config.lam
+        advantage = returns.gae(reward, rollout.value, next_value, rollout.terminated, ended, gamma, lam)
+        return advantage, advantage + rollout.value
+
+    def learn(self, samples: Samples) -> dict[str, Tensor]:
+        """One natural step of the policy, several passes of the critic."""
+        self.compute.learning()
+        metrics = self._improve(samples)
+        metrics["loss/value"] = self._value(samples)
+        return metrics | {"train/skipped": self.optimizer.skipped}
+
+    def _improve(self, samples: Samples) -> dict[str, Tensor]:
+        config, weights = self.config, self._weights
+        advantage = normalized(samples.advantage) if config.normalize_advantage else samples.advantage
+        p = self._parameters(samples.obs)
+        old = p.detach()
+        old_logp = self.distribution.log_prob(old, samples.action)
+
+        def gain(at: Tensor) -> Tensor:
+            bonus = config.entropy * self.distribution.entropy(at).mean() if config.entropy else 0.0
+            return surrogate(self.distribution.log_prob(at, samples.action), old_logp, advantage) + bonus
+
+        def judge() -> tuple[float, float]:
+            new = self._parameters(samples.obs)
+            return float(gain(new)), float(self.distribution.kl(old, new).mean())
+
+        before = gain(p)
+        g = flat(torch.autograd.grad(before, weights, retain_graph=True))
+        fisher = Fisher(self.distribution, p, weights, config.damping)
+        x = conjugate_gradient(fisher, g, config.cg_steps)
+        step = (2 * config.delta / (x @ fisher(x)).clamp(min=1e-12)).sqrt() * x
+        good = bool(torch.isfinite(step).all()) and bool(g.any())
+        k, kl = -1, 0.0
+        if good:
+            k, kl = line_search(
+                weights, step, judge, float(before), config.delta, config.shrink, config.tries
+            )
+        self._refused += k < 0
+        return {
+            "loss/policy": -before.detach(),
+            "policy/entropy": self.distribution.entropy(old).mean(),
+            "policy/kl": torch.tensor(kl),
+            "policy/tries": torch.tensor(float(k + 1)),
+            "policy/refused": torch.tensor(float(self._refused)),
+            "train/grad_norm": g.norm(),
+        }
+
+    def _parameters(self, obs: Any) -> Tensor:
+        """Parameters of the policy (B, P); in fp32, because a KL of 0.01 needs its digits."""
+        model = self.model
+        return model.policy(model.backbone(model.seen(obs))[0])
+
+    def _value(self, samples: Samples) -> Tensor:
+        """Fit the critic; its loss () in the last minibatch."""
+        size, loss, lr = len(samples.return_), torch.zeros(()), self._lr(self.steps)
+        for _ in range(self.config.epochs):
+            order = torch.from_numpy(self._order.permutation(size)).to(self.compute.device)
+            for rows in order.split(self.config.batch):
+                self.optimizer.begin(lr)
+                obs = mapped(lambda leaf, rows=rows: leaf[rows], samples.obs)
+                loss = self._fit(obs, samples.return_[rows])
+                self.updates += 1
+        return loss
+
+    def _fit_step(self, obs: Any, return_: Tensor) -> Tensor:
+        model = self.model
+        assert model.critic is not None
+        with self.compute.autocast():
+            value = model.value(model.critic(model.seen(obs))[0])
+        loss = value_loss(value, value, return_, None)
+        self.optimizer.step(torch.autograd.grad(loss, self.optimizer.parameters), loss.detach())
+        return loss.detach()
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """See `Agent.state_dict`."""
+        state = super().state_dict()
+        state["counters"] |= {"refused": self._refused}
+        return {**state, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """See `Agent.load_state_dict`."""
+        super().load_state_dict(state)
+        self._refused = state["counters"]["refused"]
+        self.optimizer.load_state_dict(state["optimizer"])

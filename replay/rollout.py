@@ -1,0 +1,194 @@
+"""Steps in the order they were taken, until there are enough to learn from; then they are forgotten.
+
+`Rollouts` is full after so many steps of every environment, `Episodes` after so many finished episodes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from replay.tree import filled, leaves, mapped
+from replay.types import Decision, Rollout, Transition
+
+NOTHING = np.zeros(0, np.float32)
+
+
+class Step(NamedTuple):
+    """One step of N environments; see `Rollout`."""
+
+    obs: Any
+    action: np.ndarray
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    first: np.ndarray
+    logp: np.ndarray
+    value: np.ndarray
+    next_obs: Any  # where an episode was truncated; else None
+
+
+ARRAYS = ("action", "reward", "terminated", "truncated", "first", "logp", "value")  # fields without a tree
+
+
+class Rollouts:
+    """T steps of N environments."""
+
+    def __init__(self, length: int, like: Any) -> None:
+        """Full after `length` steps of each environment, whose observations look like `like` (N, *S)."""
+        self.length, self._like = length, like
+        self._steps: list[Step] = []
+        self._next: Any = None  # the successor of the last step
+
+    def add(self, transition: Transition, decision: Decision) -> None:
+        """Remember a step and the decision behind it."""
+        truncated = transition.truncated & ~transition.terminated
+        if self._steps and np.count_nonzero(transition.first):
+            self._seal(transition.first)
+        self._next = transition.next_obs
+        self._steps.append(
+            Step(
+                mapped(np.array, transition.obs),  # the env may write into its own again
+                decision.action if decision.sample is None else decision.sample,
+                transition.reward,
+                transition.terminated,
+                truncated,
+                transition.first,
+                NOTHING if decision.logp is None else decision.logp,
+                NOTHING if decision.value is None else decision.value,
+                transition.next_obs if np.count_nonzero(truncated) else None,
+            )
+        )
+
+    @property
+    def full(self) -> bool:
+        """Whether it is time to learn."""
+        return len(self._steps) >= self.length
+
+    def take(self, last_obs: Any, last: Decision) -> Rollout:
+        """Give the steps away; `last` was decided on `last_obs` (N, *S), which the last step led to."""
+        steps, self._steps = self._steps, []
+        arrays = {name: _column(steps, name) for name in ARRAYS}
+        at, of = np.nonzero(arrays["truncated"])
+        cut = _cut(steps, at, of, last_obs)
+        obs = mapped(lambda *column: np.stack(column), *(step.obs for step in steps))
+        return Rollout(**arrays, obs=obs, cut_obs=cut, last_obs=last_obs, last=last, state=())
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The steps so far."""
+        if not self._steps:
+            return {}
+        state = {name: _column(self._steps, name) for name in ARRAYS}
+        cut = [step.next_obs for step in self._steps if step.next_obs is not None]
+        for name, trees in (
+            ("obs", [step.obs for step in self._steps]),
+            ("cut", cut),
+            ("next", [self._next]),
+        ):
+            for k, column in enumerate(zip(*(map(_leaf, leaves(tree)) for tree in trees), strict=True)):
+                state[f"{name}.{k}"] = np.stack(column)
+        return state
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Take back what `state_dict` gave."""
+        self._steps, cuts = [], 0
+        for t, truncated in enumerate(state.get("truncated", ())):
+            obs, cut = _tree(state, "obs", t, self._like), None
+            if truncated.any():
+                cut, cuts = _tree(state, "cut", cuts, self._like), cuts + 1
+            arrays = {name: state[name][t] for name in ARRAYS}
+            self._steps.append(Step(**arrays, obs=obs, next_obs=cut))
+        if self._steps:
+            self._next = _tree(state, "next", 0, self._like)
+
+    def _seal(self, first: np.ndarray) -> None:
+        """Where an episode begins (N,) though none ended, the one before was lost: it counts as truncated."""
+        step = self._steps[-1]
+        broken = first & ~(step.terminated | step.truncated)
+        if np.count_nonzero(broken):
+            own = step.next_obs if step.next_obs is not None else self._next
+            self._steps[-1] = step._replace(truncated=step.truncated | broken, next_obs=own)
+
+    def unchanged(self) -> tuple[str, ...]:
+        """Nothing of it can be taken over from the checkpoint before."""
+        return ()
+
+    def saved(self) -> None:
+        """A checkpoint was made; nothing to note."""
+
+
+class Episodes(Rollouts):
+    """Whole episodes, one after the other as if a single environment had played them all: (B, 1) steps.
+
+    An episode that is not finished stays, and goes on under a policy that has learned meanwhile.
+    """
+
+    def __init__(self, count: int, like: Any) -> None:
+        """Full after `count` finished episodes, over all environments; see `Rollouts`."""
+        super().__init__(0, like)
+        self.count, self._finished = count, 0
+        self._begin: np.ndarray | None = None  # (N,) the first step of the unfinished episode of each env
+
+    def add(self, transition: Transition, decision: Decision) -> None:
+        """See `Rollouts.add`."""
+        super().add(transition, decision)
+        self._finished += int(np.count_nonzero(transition.terminated | transition.truncated))
+
+    @property
+    def full(self) -> bool:
+        """Whether there are enough episodes."""
+        return self._finished >= self.count
+
+    def take(self, last_obs: Any, last: Decision) -> Rollout:
+        """Give the finished episodes away, and keep the others."""
+        steps = self._steps
+        ended = _column(steps, "terminated") | _column(steps, "truncated")  # (T, N)
+        begin = np.zeros(ended.shape[1], np.int64) if self._begin is None else self._begin
+        after = np.where(ended.any(0), len(ended) - ended[::-1].argmax(0), begin)  # (N,) behind its last end
+        at = np.concatenate([np.arange(b, a) for b, a in zip(begin, after, strict=True)])  # (B,) step
+        of = np.repeat(np.arange(len(begin)), after - begin)  # (B,) env
+        whole = super().take(last_obs, last)
+        arrays = {
+            name: array[at, of][:, None] if (array := getattr(whole, name)).size else array for name in ARRAYS
+        }
+        cut = arrays["truncated"][:, 0]
+        drop = int(after.min())
+        self._steps, self._begin, self._finished = steps[drop:], after - drop, 0
+        return whole._replace(
+            **arrays,
+            obs=mapped(lambda leaf: leaf[at, of][:, None], whole.obs),
+            cut_obs=_cut(steps, at[cut], of[cut], last_obs),
+            last_obs=mapped(lambda leaf: leaf[:1], last_obs),
+            last=last._replace(value=np.zeros(1, np.float32)),  # no step follows the end of an episode
+        )
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """See `Rollouts.state_dict`."""
+        begin = {} if self._begin is None else {"begin": self._begin}
+        return {**super().state_dict(), **begin, "finished": np.array(self._finished)}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """See `Rollouts.load_state_dict`."""
+        super().load_state_dict(state)
+        self._begin, self._finished = state.get("begin"), int(state["finished"])
+
+
+def _column(steps: list[Step], name: str) -> np.ndarray:
+    return np.stack([getattr(step, name) for step in steps])
+
+
+def _leaf(found: tuple[Any, Any]) -> Any:
+    return found[1]
+
+
+def _cut(steps: list[Step], at: np.ndarray, of: np.ndarray, like: Any) -> Any:
+    """The true successors (C, *S) of the steps `at` of the envs `of`, where episodes were truncated."""
+    rows = [mapped(lambda leaf, n=n: leaf[n], steps[t].next_obs) for t, n in zip(at, of, strict=True)]
+    if not rows:
+        return mapped(lambda leaf: leaf[:0], like)
+    return mapped(lambda *column: np.stack(column), *rows)
+
+
+def _tree(state: dict[str, np.ndarray], name: str, row: int, like: Any) -> Any:
+    return filled(like, (state[f"{name}.{k}"][row] for k, _ in enumerate(leaves(like))))
