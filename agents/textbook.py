@@ -106,15 +106,14 @@ def _table(curves: dict[str, np.ndarray], out: Path) -> Path:
 
 
 def _picture(curves: dict[str, np.ndarray], out: Path) -> Path:
-    from runs.report import BLUE, INK, ORANGE, new_figure, smooth, write
+    from runs.report import BLUE, INK, ORANGE, banded, new_figure, smooth, write
 
     figure, axes = new_figure()
     for (agent, each), colour in zip(curves.items(), (ORANGE, BLUE), strict=True):
         mean = np.stack([smooth(run, WINDOW) for run in each])  # (runs, episodes)
         episode, middle = np.arange(1, EPISODES + 1), mean.mean(axis=0)
         error = 1.96 * mean.std(axis=0) / np.sqrt(len(mean))
-        axes.fill_between(episode, middle - error, middle + error, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(episode, middle, color=colour, linewidth=1.6, label=agent)
+        banded(axes, episode, middle, middle - error, middle + error, label=agent, colour=colour, style="-")
     axes.set_xlim(0, EPISODES)
     axes.set_ylim(-100, 0)
     axes.set_xlabel("episodes", color=INK)

@@ -13,6 +13,8 @@ from runs.config import Parser, UserError
 from runs.folder import Run
 
 BLUE, ORANGE, INK, FAINT = "#2a6fbb", "#d9722b", "#222831", "#8a929c"
+# of lines beside each other
+COLOURS = (BLUE, ORANGE, "#3b8f5a", "#8b5fb8", "#c23b55", "#1f9aa8", "#a8821a", "#5d6670")
 PICTURE = "learning-curve.png"
 
 
@@ -72,13 +74,33 @@ def learning_curve(run: Run, out: str | Path | None = None) -> Path:
 
 def new_figure() -> tuple[Any, Any]:
     """An empty figure and its axes in the house style, labelled for returns over steps."""
+    figure, (axes,) = panels(1)
+    return figure, axes
+
+
+def panels(count: int, below: int = 0) -> tuple[Any, list[Any]]:
+    """An empty figure with `count` axes like that of `new_figure`, up to three side by side.
+
+    There is room for `below` lines of text under each.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    width, height = (8.0, 4.5) if columns == 1 else (5.0, 3.8)
+    apart = None if columns == 1 else 0.15  # inches around axes
+    size = width * columns, (height + 0.2 * below) * rows
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=apart, h_pad=apart))
+    FigureCanvasAgg(figure)
+    return figure, [_house(figure.add_subplot(rows, columns, number + 1)) for number in range(count)]
+
+
+def _house(axes: Any) -> Any:
+    """Give axes the house style, and labels for returns over steps."""
     from matplotlib.ticker import FuncFormatter
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(color=FAINT, labelcolor=INK)
@@ -87,7 +109,26 @@ def new_figure() -> tuple[Any, Any]:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda steps, _: short(steps)))
     axes.set_xlabel("steps (agent decisions)", color=INK)
     axes.set_ylabel("return of an episode", color=INK)
-    return figure, axes
+    return axes
+
+
+def banded(
+    axes: Any,
+    step: np.ndarray,
+    mean: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    *,
+    label: str,
+    colour: str,
+    style: str = "o-",
+) -> None:
+    """Draw a line within its band.
+
+    Shapes: step, mean, low, high (K,).
+    """
+    axes.fill_between(step, low, high, color=colour, alpha=0.18, linewidth=0)
+    axes.plot(step, mean, style, color=colour, markersize=4, linewidth=1.6, label=label)
 
 
 def draw(axes: Any, found: Curve, *, name: str = "", colours: tuple[str, str] = (BLUE, ORANGE)) -> None:
@@ -106,12 +147,8 @@ def draw(axes: Any, found: Curve, *, name: str = "", colours: tuple[str, str] = 
         )
     evaluations = found.evaluations
     if evaluations.get("mean", np.zeros(0)).size:
-        step = evaluations["step"]
-        axes.fill_between(
-            step, evaluations["min"], evaluations["max"], color=colours[1], alpha=0.18, linewidth=0
-        )
-        label = f"{lead}greedy evaluation, mean and range"
-        axes.plot(step, evaluations["mean"], "o-", color=colours[1], markersize=4, linewidth=1.6, label=label)
+        columns = (evaluations[column] for column in ("step", "mean", "min", "max"))
+        banded(axes, *columns, label=f"{lead}greedy evaluation, mean and range", colour=colours[1])
     axes.set_xlim(left=0)
 
 
@@ -148,7 +185,7 @@ def short(steps: float) -> str:
 
 
 def write(figure: Any, folder: Path, name: str) -> Path:
-    """Write a figure as `folder/name` (PNG, 1200 pixels wide).
+    """Write a figure as `folder/name` (PNG, 150 pixels per inch).
 
     Raises: UserError if the folder cannot be written.
     """
