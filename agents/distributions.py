@@ -103,10 +103,9 @@ class Categorical:
         return rng.random((count, 1), np.float32)
 
     def sample(self, p: Tensor, noise: Tensor) -> Tensor:
-        """The first action at which the cumulated probability exceeds the noise."""
-        below = (p.softmax(1).cumsum(1) <= noise).sum(1, keepdim=True)  # (B, 1)
-        last = _last_possible(p)
-        return torch.minimum(below, last).float()  # the sum may stay below 1 by rounding
+        """The first action at which the cumulated probability exceeds that share of all of it."""
+        reached = p.softmax(1).cumsum(1)
+        return (reached <= noise * reached[:, -1:]).sum(1, keepdim=True).float()  # (B, 1)
 
     def mode(self, p: Tensor) -> Tensor:
         """The largest logit."""
@@ -389,12 +388,6 @@ def masked(p: Tensor, mask: Tensor) -> Tensor:
     Source: Huang and Ontañón 2022, arXiv 2006.14171.
     """
     return torch.where(mask, p, NEVER)
-
-
-def _last_possible(p: Tensor) -> Tensor:
-    """The highest action (B, 1) that is not masked."""
-    order = torch.arange(p.shape[1], device=p.device)
-    return torch.where(p > NEVER / 2, order, 0).amax(1, keepdim=True)
 
 
 def _log_slope(x: Tensor) -> Tensor:

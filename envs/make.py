@@ -117,6 +117,8 @@ def resolve(env_id: str, say: Callable[[str], None] | None = None) -> EnvSpec:
     import ale_py  # noqa: F401  (registers its games)
 
     module, _, name = env_id.rpartition(":")
+    if name.startswith("MinAtar/"):
+        _register_minatar(name)
     if module:
         try:
             importlib.import_module(module)
@@ -131,6 +133,17 @@ def resolve(env_id: str, say: Callable[[str], None] | None = None) -> EnvSpec:
     if say is not None:
         say(f"{env_id} is {newest}")
     return gymnasium.registry[newest]
+
+
+def _register_minatar(name: str) -> None:
+    """MinAtar's ids appear in the registry when its own function is called."""
+    if "MinAtar/Breakout-v0" in gymnasium.registry:
+        return
+    try:
+        from minatar.gym import register_envs  # type: ignore[import-not-found]  # an extra
+    except ImportError:
+        raise UserError(f'{name} needs a missing package: pip install "chordate[minatar]"') from None
+    register_envs()
 
 
 def _shape(space: gymnasium.Space) -> str:
