@@ -26,8 +26,8 @@ class CNN(Backbone):
     """Convolutions, then one dense layer; vectors of a Dict observation join before the dense layer.
 
     `nature` is the DQN net, `impala` the residual net (5.8 times nature's work, often worth it with a GPU), `light` a
-    small net for few cores, `minatar` one for tiny pictures. Weights and activations are channels-last. Where an image is smaller than a kernel, the
-    kernel shrinks to fit.
+    small net for few cores, `minatar` one for tiny pictures. Weights and activations are channels-last. Where an image
+    is smaller than a kernel, the kernel shrinks to fit.
     Shapes: obs (B, *S) or (T, B, *S) with one image or more -> (B, F) or (T, B, F).
     Raises: UserError if the observation holds no image.
     Source: Mnih et al. 2015 (nature); Espeholt et al. 2018, arXiv 1802.01561 (impala).
