@@ -127,7 +127,7 @@ class REINFORCE(PolicyAgent):
         self.compute.learning()
         advantage = normalized(samples.advantage) if config.normalize_advantage else samples.advantage
         with self.compute.autocast():
-            p = model.policy(model.backbone(model.seen(samples.obs))[0])
+            p = model.parameters_of(samples.obs)
         entropy = self.distribution.entropy(p).mean()
         of_policy = actor_loss(self.distribution.log_prob(p, samples.action), advantage)
         loss = of_policy - config.entropy * entropy

@@ -232,8 +232,7 @@ class TRPO(PolicyAgent):
 
     def _parameters(self, obs: Any) -> Tensor:
         """Parameters of the policy (B, P); in fp32, because a KL of 0.01 needs its digits."""
-        model = self.model
-        return model.policy(model.backbone(model.seen(obs))[0])
+        return self.model.parameters_of(obs)
 
     def _value(self, samples: Samples) -> Tensor:
         """Fit the critic; its loss () in the last minibatch."""
