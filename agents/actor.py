@@ -23,6 +23,7 @@ from agents.base import State, linear
 from agents.distributions import Categorical, Distribution, masked, of_space
 from agents.heads import SPREADS, PolicyHead, ValueHead
 from agents.normalize import ObsNormalizer, RewardScaler
+from agents.optimizers import Optimizer
 from backbones.base import Backbone
 from backbones.compute import Compute, to_device
 from envs.mask import MASK, is_masked
@@ -195,11 +196,11 @@ class PolicyAgent(ABC):
             self.model = ActorCritic(*parts).to(compute.device)
         self._quick = self.model.quick() if compute.device == "cpu" else None
         self._reward = RewardScaler(config.gamma) if config.normalize_reward else None
-        self.prepare(say)
+        self._optimizers = self.prepare(say)
 
     @abstractmethod
-    def prepare(self, say: Callable[[str], None]) -> None:
-        """Make optimisers and graphs for `self.model`."""
+    def prepare(self, say: Callable[[str], None]) -> dict[str, Optimizer]:
+        """Make optimisers and graphs for `self.model`; the optimisers by their name in a checkpoint."""
 
     @abstractmethod
     def learn(self, samples: Samples) -> dict[str, Tensor]:
@@ -209,9 +210,22 @@ class PolicyAgent(ABC):
     def memory(self, like: Any) -> Rollouts:
         """What collects the steps of one update; observations look like `like` (N, *S)."""
 
-    @abstractmethod
     def estimate(self, rollout: Rollout, reward: np.ndarray, next_value: np.ndarray) -> tuple[Any, Any]:
-        """Advantages and the critic's targets, both (T, N)."""
+        """Advantages and the critic's targets, both (T, N): GAE, and R = A + V."""
+        ended = rollout.terminated | rollout.truncated
+        gamma, lam = self.config.gamma, self.config.lam
+        advantage = returns.gae(reward, rollout.value, next_value, rollout.terminated, ended, gamma, lam)
+        return advantage, advantage + rollout.value
+
+    @property
+    def skipped_in_row(self) -> int:
+        """See `Agent.skipped_in_row`."""
+        return int(max(optimizer.longest for optimizer in self._optimizers.values()))
+
+    @property
+    def skipped(self) -> Tensor:
+        """Steps skipped in all, ()."""
+        return torch.stack([optimizer.skipped for optimizer in self._optimizers.values()]).sum()
 
     @property
     def parameters(self) -> int:
@@ -256,7 +270,7 @@ class PolicyAgent(ABC):
         """Learn from a rollout."""
         samples = self.samples(batch)
         self.steps += len(samples.advantage)
-        metrics = self.learn(samples)
+        metrics = {**self.learn(samples), "train/skipped": self.skipped}
         if self.model.normalizer is not None:
             self.model.normalizer.learn(batch.obs)
         return Update(metrics, None)
@@ -311,7 +325,7 @@ class PolicyAgent(ABC):
         kept = {"weights": dict(self.model.state_dict()), "counters": counters}
         if self._reward is not None:
             kept["rewards"] = self._reward.state_dict()
-        return kept
+        return kept | {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """See `Agent.load_weights`."""
@@ -326,3 +340,5 @@ class PolicyAgent(ABC):
         self._order.bit_generator.state = counters["order"]
         if self._reward is not None:
             self._reward.load_state_dict(state["rewards"])
+        for name, optimizer in self._optimizers.items():
+            optimizer.load_state_dict(state[name])
