@@ -103,10 +103,9 @@ class Categorical:
         return rng.random((count, 1), np.float32)
 
     def sample(self, p: Tensor, noise: Tensor) -> Tensor:
-        """The first action at which the cumulated probability exceeds the noise."""
-        reached = p.softmax(1).cumsum(1)  # (B, n)
-        # the last sum is 1 but for rounding; noise below 1 stays below it, so that what never happens is not drawn
-        return (reached <= noise * reached[:, -1:]).sum(1, keepdim=True).float()
+        """The first action at which the cumulated probability exceeds that share of all of it."""
+        reached = p.softmax(1).cumsum(1)
+        return (reached <= noise * reached[:, -1:]).sum(1, keepdim=True).float()  # (B, 1)
 
     def mode(self, p: Tensor) -> Tensor:
         """The largest logit."""
@@ -391,7 +390,7 @@ def masked(p: Tensor, mask: Tensor) -> Tensor:
 
     Source: Huang and Ontañón 2022, arXiv 2006.14171.
     """
-    return torch.where(mask, p, NEVER)
+    return torch.where(mask.bool(), p, NEVER)
 
 
 def _log_slope(x: Tensor) -> Tensor:
