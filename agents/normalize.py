@@ -1,4 +1,4 @@
-"""Observations and rewards brought to mean 0 and size 1 by statistics that are learned with the policy.
+"""Observations brought to mean 0 and spread 1, rewards to size 1, by statistics that are learned with the policy.
 
 Both learn once per rollout, after the update: what acted and what learns see the same numbers, and nothing has to be
 done per step. The statistics of observations are buffers of the net, saved with its weights and still when it is
