@@ -17,16 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from agents import returns
 from agents.actor import ActorConfig, PolicyAgent, Samples
-from agents.optimizers import OPTIMIZERS
+from agents.optimizers import OPTIMIZERS, Optimizer
 from agents.ppo import normalized, value_loss
 from backbones.compute import guarded_compile
-from replay import Rollout, Rollouts
+from replay import Rollouts
 from runs.config import Knob
 
 
@@ -59,29 +57,18 @@ class A2C(PolicyAgent):
     name = "a2c"
     Config = Config
 
-    def prepare(self, say: Callable[[str], None]) -> None:
+    def prepare(self, say: Callable[[str], None]) -> dict[str, Optimizer]:
         """See `PolicyAgent.prepare`."""
         config = self.config
         learned = (p for p in self.model.parameters() if p.requires_grad)  # a backbone may come frozen
         how = dict(lr=config.lr, eps=config.optimizer_eps, max_norm=config.max_grad_norm)
         self.optimizer = OPTIMIZERS[config.optimizer](learned, **how)
         self._graph = guarded_compile(self._step, say) if self.compute.compile else self._step
+        return {"optimizer": self.optimizer}
 
     def memory(self, like: Any) -> Rollouts:
         """See `PolicyAgent.memory`."""
         return Rollouts(self.config.rollout, like)
-
-    @property
-    def skipped_in_row(self) -> int:
-        """See `Agent.skipped_in_row`."""
-        return int(self.optimizer.longest)
-
-    def estimate(self, rollout: Rollout, reward: np.ndarray, next_value: np.ndarray) -> tuple[Any, Any]:
-        """GAE, and R = A + V."""
-        ended = rollout.terminated | rollout.truncated
-        gamma, lam = self.config.gamma, self.config.lam
-        advantage = returns.gae(reward, rollout.value, next_value, rollout.terminated, ended, gamma, lam)
-        return advantage, advantage + rollout.value
 
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """One gradient step."""
@@ -89,7 +76,7 @@ class A2C(PolicyAgent):
         self.optimizer.begin(self._lr(self.steps))
         metrics = self._graph(samples.obs, samples.action, samples.advantage, samples.return_)
         self.updates += 1
-        return metrics | {"train/skipped": self.optimizer.skipped}
+        return metrics
 
     def _step(self, obs: Any, action: Tensor, advantage: Tensor, return_: Tensor) -> dict[str, Tensor]:
         config = self.config
@@ -109,12 +96,3 @@ class A2C(PolicyAgent):
             "policy/entropy": entropy.detach(),
             "train/grad_norm": norm,
         }
-
-    def state_dict(self) -> dict[str, dict[str, Any]]:
-        """See `Agent.state_dict`."""
-        return {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """See `Agent.load_state_dict`."""
-        super().load_state_dict(state)
-        self.optimizer.load_state_dict(state["optimizer"])

@@ -388,7 +388,7 @@ def masked(p: Tensor, mask: Tensor) -> Tensor:
 
     Source: Huang and Ontañón 2022, arXiv 2006.14171.
     """
-    return torch.where(mask, p, NEVER)
+    return torch.where(mask.bool(), p, NEVER)
 
 
 def _log_slope(x: Tensor) -> Tensor:

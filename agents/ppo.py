@@ -20,16 +20,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from agents import returns
 from agents.actor import ActorConfig, PolicyAgent, Samples
 from agents.base import linear
-from agents.optimizers import Adam
+from agents.optimizers import Adam, Optimizer
 from backbones.compute import guarded_compile
-from replay import Rollout, Rollouts
+from replay import Rollouts
 from replay.tree import mapped
 from runs.config import Knob, UserError
 
@@ -101,29 +99,18 @@ class PPO(PolicyAgent):
     name = "ppo"
     Config = Config
 
-    def prepare(self, say: Callable[[str], None]) -> None:
+    def prepare(self, say: Callable[[str], None]) -> dict[str, Optimizer]:
         """See `PolicyAgent.prepare`."""
         config = self.config
         learned = (p for p in self.model.parameters() if p.requires_grad)  # a backbone may come frozen
         self.optimizer = Adam(learned, lr=config.lr, eps=config.adam_eps, max_norm=config.max_grad_norm)
         self._clip = torch.zeros((), device=self.compute.device)
         self._graph = guarded_compile(self._step, say) if self.compute.compile else self._step
+        return {"optimizer": self.optimizer}
 
     def memory(self, like: Any) -> Rollouts:
         """See `PolicyAgent.memory`."""
         return Rollouts(self.config.rollout, like)
-
-    @property
-    def skipped_in_row(self) -> int:
-        """See `Agent.skipped_in_row`."""
-        return int(self.optimizer.longest)
-
-    def estimate(self, rollout: Rollout, reward: np.ndarray, next_value: np.ndarray) -> tuple[Any, Any]:
-        """GAE, and R = A + V."""
-        ended = rollout.terminated | rollout.truncated
-        gamma, lam = self.config.gamma, self.config.lam
-        advantage = returns.gae(reward, rollout.value, next_value, rollout.terminated, ended, gamma, lam)
-        return advantage, advantage + rollout.value
 
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """Epochs of minibatches."""
@@ -177,7 +164,7 @@ class PPO(PolicyAgent):
 
     def _end(self, samples: Samples) -> dict[str, Tensor]:
         left = (samples.return_ - samples.value).var() / (samples.return_.var() + 1e-8)
-        return {"value/explained": 1 - left, "train/skipped": self.optimizer.skipped}
+        return {"value/explained": 1 - left}
 
     def _clip_at(self, step: int) -> float:
         config = self.config
@@ -188,12 +175,3 @@ class PPO(PolicyAgent):
     def schedule(self, step: int) -> dict[str, float]:
         """See `Agent.schedule`."""
         return {**super().schedule(step), "train/clip": self._clip_at(step)}
-
-    def state_dict(self) -> dict[str, dict[str, Any]]:
-        """See `Agent.state_dict`."""
-        return {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """See `Agent.load_state_dict`."""
-        super().load_state_dict(state)
-        self.optimizer.load_state_dict(state["optimizer"])

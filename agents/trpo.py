@@ -23,17 +23,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from agents import returns
 from agents.actor import ActorConfig, PolicyAgent, Samples
 from agents.distributions import Distribution
-from agents.optimizers import Adam
+from agents.optimizers import Adam, Optimizer
 from agents.ppo import normalized, value_loss
 from backbones.compute import guarded_compile
-from replay import Rollout, Rollouts
+from replay import Rollouts
 from replay.tree import mapped
 from runs.config import Knob, UserError
 
@@ -162,7 +160,7 @@ class TRPO(PolicyAgent):
     name = "trpo"
     Config = Config
 
-    def prepare(self, say: Callable[[str], None]) -> None:
+    def prepare(self, say: Callable[[str], None]) -> dict[str, Optimizer]:
         """See `PolicyAgent.prepare`."""
         config, model = self.config, self.model
         policy = [*model.backbone.parameters(), *model.policy.parameters()]
@@ -173,29 +171,17 @@ class TRPO(PolicyAgent):
         self.optimizer = Adam((p for p in critic if p.requires_grad), **how)
         self._fit = guarded_compile(self._fit_step, say) if self.compute.compile else self._fit_step
         self._refused = 0
+        return {"optimizer": self.optimizer}
 
     def memory(self, like: Any) -> Rollouts:
         """See `PolicyAgent.memory`."""
         return Rollouts(self.config.rollout, like)
 
-    @property
-    def skipped_in_row(self) -> int:
-        """See `Agent.skipped_in_row`."""
-        return int(self.optimizer.longest)
-
-    def estimate(self, rollout: Rollout, reward: np.ndarray, next_value: np.ndarray) -> tuple[Any, Any]:
-        """GAE, and R = A + V."""
-        ended = rollout.terminated | rollout.truncated
-        gamma, lam = self.config.gamma, self.config.lam
-        advantage = returns.gae(reward, rollout.value, next_value, rollout.terminated, ended, gamma, lam)
-        return advantage, advantage + rollout.value
-
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """One natural step of the policy, several passes of the critic."""
         self.compute.learning()
         metrics = self._improve(samples)
-        metrics["loss/value"] = self._value(samples)
-        return metrics | {"train/skipped": self.optimizer.skipped}
+        return metrics | {"loss/value": self._value(samples)}
 
     def _improve(self, samples: Samples) -> dict[str, Tensor]:
         config, weights = self.config, self._weights
@@ -235,8 +221,7 @@ class TRPO(PolicyAgent):
 
     def _parameters(self, obs: Any) -> Tensor:
         """Parameters of the policy (B, P); in fp32, because a KL of 0.01 needs its digits."""
-        model = self.model
-        return model.policy(model.backbone(model.seen(obs))[0])
+        return self.model.parameters_of(obs)
 
     def _value(self, samples: Samples) -> Tensor:
         """Fit the critic; its loss () in the last minibatch."""
@@ -263,10 +248,9 @@ class TRPO(PolicyAgent):
         """See `Agent.state_dict`."""
         state = super().state_dict()
         state["counters"] |= {"refused": self._refused}
-        return {**state, "optimizer": self.optimizer.state_dict()}
+        return state
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """See `Agent.load_state_dict`."""
         super().load_state_dict(state)
         self._refused = state["counters"]["refused"]
-        self.optimizer.load_state_dict(state["optimizer"])
