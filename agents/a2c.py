@@ -4,10 +4,11 @@
     A = GAE(gamma, lam),   R = A + V(s); with lam = 1 the n-step return of the rollout
 
 Source: Mnih et al. 2016, arXiv 1602.01783, section 4 and algorithm S3, all environments in step instead of threads;
-course notes 6.4 (actor-critic).
+course notes 6.3.2 (actor-critic).
 
-Deviations: (1) an episode that was truncated bootstraps from its true last state; (2) RMSProp with its epsilon within
-the root, or Adam.
+Deviations: (1) an episode that was truncated bootstraps from its true last state; (2) the loss is a mean over steps
+where the paper sums, the critic's has the factor 1/2, and the gradient's norm is clipped; (3) advantages may be brought
+to mean 0, spread 1 (`--normalize-advantage`), and Adam may take the place of the paper's RMSProp.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 An agent on top of it adds the loss. Data flow of one update:
 
-    rollout (T, N) -> rewards clipped or scaled -> next values -> advantages, returns -> Samples (B = T N) -> loss
+    rollout (T, N) -> rewards clipped, scaled -> next values -> advantages, returns -> Samples (B = T N) -> loss
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class PolicyAgent(ABC):
         return Decision(self.distribution.action(drawn), state, drawn, logp, value)
 
     def greedy(self, obs: Any, first: np.ndarray, state: State) -> Decision:
-        """The most probable action."""
+        """The most probable action; of a Gaussian that of its mean, also where tanh moves the mode elsewhere."""
         p, _ = self._forward(obs)
         return Decision(self.distribution.action(self.distribution.mode(p).numpy()), state)
 
@@ -256,7 +256,7 @@ class PolicyAgent(ABC):
         return self._forward(obs)[1][:, None]
 
     def probabilities(self, obs: Any) -> np.ndarray:
-        """See `Agent.probabilities`; (N, 0) where actions are not numbered."""
+        """What `act` draws from, (N, A); (N, 0) where actions are not numbered."""
         p, _ = self._forward(obs)
         if isinstance(self.distribution, Categorical):
             return p.softmax(1).numpy()

@@ -194,8 +194,9 @@ class Bernoulli:
 class Gaussian:
     """Independent normal numbers; parameters are K means and K logs of the spread, (B, 2 K).
 
-    Bounded actions live in [-1, 1] here and are moved to [low, high]: cut off there, or with `squash` by
-    tanh, whose log-probability has the change of variables in it.
+    If every number has both bounds, [-1, 1] here is [low, high] there. What lies beyond is cut off, and keeps the
+    log-probability of the number before; or `squash` brings it in by tanh, whose change of variables is in the
+    log-probability. If a bound is missing, numbers are taken as they are and cut off where there is one.
     Source of the tanh form: Haarnoja et al. 2018, arXiv 1801.01290, appendix C.
     """
 
@@ -242,7 +243,7 @@ class Gaussian:
         return mean + log_std.exp() * noise
 
     def mode(self, p: Tensor) -> Tensor:
-        """The mean, before tanh."""
+        """The mean, before tanh: the median of the action, not its mode."""
         return p.chunk(2, 1)[0]
 
     def log_prob(self, p: Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Observations and rewards brought to mean 0 and size 1 by statistics that are learned with the policy.
+"""Observations brought to mean 0 and spread 1, rewards to size 1, by statistics that are learned with the policy.
 
 Both learn once per rollout, so that nothing has to be done per step: of observations after the update, so that what
 acted and what learns see the same numbers; of rewards before they are scaled. The statistics of observations are

@@ -6,11 +6,12 @@
     L        = L_policy + value_weight L_value - entropy H(pi)
     A        = GAE(gamma, lam),   R = A + V_old
 
-Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7 and 9, algorithm 1; course notes 6.4 (the clipped objective).
+Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7 and 9, algorithm 1; course notes 6.3.2 (the clipped objective).
 
 Deviations: (1) advantages are brought to mean 0, spread 1 in each minibatch, or each rollout; (2) an episode that was
-truncated bootstraps from its true last state; (3) V may be clipped (`--clip-value`), as OpenAI Baselines does; (4) an
-update may end early, when the policy has moved by 1.5 `--target-kl` (Spinning Up).
+truncated bootstraps from its true last state; (3) L_value has the factor 1/2, so value_weight is twice the paper's c_1;
+(4) V may be clipped (`--clip-value`), as OpenAI Baselines does; (5) an update may end early, with the first minibatch
+on which the policy has moved by more than 1.5 `--target-kl` (after Spinning Up); (6) the gradient's norm is clipped.
 """
 
 from __future__ import annotations

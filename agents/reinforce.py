@@ -1,17 +1,19 @@
 """REINFORCE: the gradient of the return itself, from whole episodes.
 
-    L = -sum_t (G_t - b) log pi(a_t|s_t) / steps
+    L = -sum_t (G_t - b) log pi(a_t|s_t) / steps - entropy H(pi)
     G_t = sum_{k >= t} gamma^(k-t) r_k      return to go, or (`--credit whole`) G_0 for every step of the episode
     b   = 0                                 `--baseline none`
         = a moving average of G             `--baseline average`
         = V(s_t), learned: mean (V - G)^2 / 2   `--baseline learned`
 
-Source: Williams 1992, eq. 11; Sutton and Barto 2018, sections 13.3 and 13.4; course notes 6.4.
+Source: Williams 1992, eq. 11; Sutton and Barto 2018, sections 13.3 and 13.4; course notes 6.3.2.
 
 Deviations: (1) steps are not weighted with gamma^t, as everywhere in practice; (2) a truncated episode bootstraps from
-V of its true last state where V is learned, and counts as it stands where it is not; (3) with several environments an
-update may come in the middle of an episode, whose first steps then come from the policy before; (4) Adam instead of
-plain ascent.
+V of its true last state where V is learned (with `--credit whole` from a V that has learned G_0, too), and counts as it
+stands where it is not; (3) with several environments an update may come in the middle of an episode, whose first steps
+then come from the policy before; (4) G_t - b is brought to mean 0, spread 1 in each update, which is a baseline of its
+own, the mean, even with `--baseline none`: `--no-normalize-advantage` is the textbook's; (5) an entropy bonus; (6) Adam
+instead of plain ascent, and the gradient's norm is clipped.
 """
 
 from __future__ import annotations

@@ -1,17 +1,20 @@
 """TRPO: the largest step that improves the surrogate and keeps the policy within a KL distance of the old one.
 
-    L(theta) = mean pi(a|s) / pi_old(a|s) A            the surrogate
+    L(theta) = mean pi(a|s) / pi_old(a|s) A + entropy H(pi)     the surrogate
     x        = F^-1 g     by conjugate gradient,       g = grad L,  F = mean J^T M J + damping I
     step     = sqrt(2 delta / x^T F x) x
     theta    = theta_old + shrink^k step               the first k with L > L_old and mean KL(old || new) <= delta
 
-J is the Jacobian of the distribution's parameters by the weights, M the Fisher matrix of those parameters.
-No k will do: theta_old, bit by bit. The critic has a backbone of its own and is fitted to R = A + V by Adam.
+A = GAE(gamma, lam). J is the Jacobian of the distribution's parameters by the weights, M the Fisher matrix of those
+parameters. If no k < tries will do: theta_old, bit by bit. The critic has a backbone of its own and is fitted to
+R = A + V_old by Adam: mean (V(s) - R)^2 / 2.
 
-Source: Schulman et al. 2015, arXiv 1502.05477, eq. 14, section 6 and appendix C; course notes 6.4 (TRPO).
+Source: Schulman et al. 2015, arXiv 1502.05477, eq. 14, section 6 and appendix C; course notes 6.3.2 (TRPO), which have
+KL(new || old).
 
-Deviations: (1) an episode that was truncated bootstraps from its true last state; (2) advantages are brought to mean
-0, spread 1; (3) an entropy bonus can be part of the surrogate.
+Deviations: (1) an episode that was truncated bootstraps from its true last state; (2) A is GAE instead of a sum of
+rewards, brought to mean 0, spread 1; (3) an entropy bonus can be part of the surrogate; (4) `--damping` is added to the
+Fisher matrix, as in OpenAI Baselines.
 """
 
 from __future__ import annotations
