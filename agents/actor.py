@@ -78,8 +78,12 @@ class ActorCritic(nn.Module):
         distribution: Distribution,
         config: ActorConfig,
         space: spaces.Space[Any],
+        new: bool = True,
     ) -> None:
-        """Put new heads on the backbones for observations of a space; `critic` None: it shares that of the policy."""
+        """Put new heads on the backbones for observations of a space; `critic` None: it shares that of the policy.
+
+        `new`: the backbones were made for this agent, and may be given other weights.
+        """
         super().__init__()
         self.masked = is_masked(space)
         self.normalizer = ObsNormalizer(space) if config.normalize_obs else None
@@ -87,7 +91,7 @@ class ActorCritic(nn.Module):
         self.policy = PolicyHead(backbone.features, distribution, config.spread, config.log_std)
         self.value = ValueHead((critic or backbone).features)
         if config.orthogonal:
-            for trunk in [backbone] if critic is None else [backbone, critic]:
+            for trunk in [trunk for trunk in (backbone, critic) if trunk is not None and new]:
                 orthogonal(trunk, 2**0.5)
             orthogonal(self.policy, 0.01)
             orthogonal(self.value, 1.0)
@@ -192,7 +196,8 @@ class PolicyAgent(ABC):
                 if not isinstance(name, str):
                     raise UserError("--separate needs a backbone by name: one object cannot be both")
                 critic = backbones.build(name, observation_space, **self.net)
-            parts = trunk, critic, self.distribution, config, observation_space
+            # a backbone that was given as an object keeps its weights
+            parts = trunk, critic, self.distribution, config, observation_space, isinstance(name, str)
             self.model = ActorCritic(*parts).to(compute.device)
         self._quick = self.model.quick() if compute.device == "cpu" else None
         self._reward = RewardScaler(config.gamma) if config.normalize_reward else None

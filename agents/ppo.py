@@ -36,9 +36,9 @@ from runs.config import Knob, UserError
 class Config(ActorConfig):
     """The knobs of PPO."""
 
-    rollout: Annotated[int, Knob("steps of each environment between updates", low=1)] = 128
-    epochs: Annotated[int, Knob("passes over each rollout", low=1)] = 4
-    batch: Annotated[int, Knob("samples of a minibatch", low=2)] = 256
+    rollout: Annotated[int, Knob("steps of each environment between updates", low=1)] = 2_048
+    epochs: Annotated[int, Knob("passes over each rollout", low=1)] = 10
+    batch: Annotated[int, Knob("samples of a minibatch", low=2)] = 64
     lam: Annotated[float, Knob("of the advantages: 0 one step, 1 the whole return", low=0, high=1)] = 0.95
     clip: Annotated[float, Knob("how far the ratio may go from 1", above=0)] = 0.2
     clip_end: Annotated[float | None, Knob("clip in the end; by itself clip", above=0)] = None
@@ -62,7 +62,7 @@ class Config(ActorConfig):
         """Updates in so many steps over all environments."""
         if self.rollout * num_envs % self.batch:
             raise UserError(
-                f"--batch {self.batch} must divide a rollout, {self.rollout} steps of {num_envs} environments"
+                f"--batch {self.batch} must divide a rollout: --rollout {self.rollout} x --num-envs {num_envs}"
             )
         return steps * self.epochs // self.batch
 
@@ -90,7 +90,8 @@ def approximate_kl(logp: Tensor, old_logp: Tensor) -> Tensor:
 
 def normalized(advantage: Tensor) -> Tensor:
     """Mean 0 and spread 1. Shapes: (B,) -> (B,)."""
-    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    spread = advantage.std(correction=1 if len(advantage) > 1 else 0)  # of one sample: 0
+    return (advantage - advantage.mean()) / (spread + 1e-8)
 
 
 class PPO(PolicyAgent):

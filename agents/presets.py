@@ -226,20 +226,20 @@ PRESETS = {
     "ppo-acrobot": Preset(
         "ppo",
         ("Acrobot-v*", "MountainCar-v*"),
-        SMALL | NORMALIZE | _falling(500_000, 3e-4, num_envs=16, rollout=256, batch=64, lam=0.94),
+        SMALL | NORMALIZE | _falling(500_000, 3e-4, num_envs=16, rollout=256, epochs=4, lam=0.94),
         ZOO,
     ),
     "ppo-pendulum": Preset(
         "ppo",
         ("Pendulum-v*",),
-        SMALL | _falling(200_000, 1e-3, num_envs=4, rollout=512, batch=64, epochs=10, gamma=0.9),
+        SMALL | _falling(200_000, 1e-3, num_envs=4, rollout=512, gamma=0.9),
         ZOO,
     ),
     "ppo-lunarlander": Preset(
         "ppo",
         ("LunarLander*",),
         SMALL
-        | _falling(1_000_000, 3e-4, num_envs=16, rollout=1_024, batch=64, gamma=0.999, lam=0.98)
+        | _falling(1_000_000, 3e-4, num_envs=16, rollout=1_024, epochs=4, gamma=0.999, lam=0.98)
         | dict(entropy=0.01),
         ZOO,
     ),
@@ -248,29 +248,27 @@ PRESETS = {
         ("MountainCarContinuous-v*",),
         SMALL
         | NORMALIZE
-        | _falling(100_000, 3e-4, num_envs=4, rollout=256, batch=128, epochs=10, gamma=0.9999, lam=0.9)
+        | _falling(100_000, 3e-4, num_envs=4, rollout=256, batch=128, gamma=0.9999, lam=0.9)
         | dict(log_std=0.5, entropy=0.004),
         "a wide policy at first: the flag must be found by chance once",
     ),
     "ppo-walker": Preset(
         "ppo",
         ("BipedalWalker*",),
-        SMALL
-        | NORMALIZE
-        | _falling(5_000_000, 3e-4, num_envs=32, rollout=2_048, batch=64, epochs=10, gamma=0.999),
+        SMALL | NORMALIZE | _falling(5_000_000, 3e-4, num_envs=32, gamma=0.999),
         ZOO,
     ),
     "ppo-mujoco": Preset(
         "ppo",
         MUJOCO,
-        SMALL | NORMALIZE | _falling(1_000_000, 3e-4, num_envs=8, rollout=256, batch=64, epochs=10),
+        SMALL | NORMALIZE | _falling(1_000_000, 3e-4, num_envs=8, rollout=256),
         BASELINES,
     ),
     "ppo-atari": Preset(
         "ppo",
         GAMES,
         ATARI_GRADIENT
-        | _falling(10_000_000, 2.5e-4, num_envs=8, rollout=128, batch=256)
+        | _falling(10_000_000, 2.5e-4, num_envs=8, rollout=128, epochs=4, batch=256, value_weight=1.0)
         | dict(clip=0.1, clip_end=1e-4, clip_steps=10_000_000),
         "Schulman et al. 2017, table 5, as the zoo has it",
     ),

@@ -64,7 +64,7 @@ class Config(ActorConfig):
         """Updates of the critic in so many steps over all environments."""
         if self.rollout * num_envs % self.batch:
             raise UserError(
-                f"--batch {self.batch} must divide a rollout, {self.rollout} steps of {num_envs} environments"
+                f"--batch {self.batch} must divide a rollout: --rollout {self.rollout} x --num-envs {num_envs}"
             )
         return steps * self.epochs // self.batch
 
@@ -124,8 +124,9 @@ def line_search(
     delta: float,
     shrink: float,
     tries: int,
-) -> tuple[int, float]:
-    """Move the weights by the longest of the steps shrink^k `step` that is good; returns k (or -1) and its KL.
+) -> tuple[int, float, float]:
+    """Move the weights by the longest of the steps shrink^k `step` that is good; returns k (or -1), the
+    surrogate and the KL there.
 
     `judge` gives the surrogate and KL where the weights are. Good: surrogate > before, and KL <= delta. If none is,
     the weights are what they were, to the bit.
@@ -137,10 +138,10 @@ def line_search(
                 weight.copy_(start + part)
             gain, kl = judge()
             if gain > before and kl <= delta:
-                return k, kl
+                return k, gain, kl
         for weight, start in zip(weights, old, strict=True):
             weight.copy_(start)
-    return -1, 0.0
+    return -1, before, 0.0
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -204,14 +205,14 @@ class TRPO(PolicyAgent):
         x = conjugate_gradient(fisher, g, config.cg_steps)
         step = (2 * config.delta / (x @ fisher(x)).clamp(min=1e-12)).sqrt() * x
         good = bool(torch.isfinite(step).all()) and bool(g.any())
-        k, kl = -1, 0.0
+        k, after, kl = -1, float(before.detach()), 0.0
         if good:
-            k, kl = line_search(
+            k, after, kl = line_search(
                 weights, step, judge, float(before.detach()), config.delta, config.shrink, config.tries
             )
         self._refused += k < 0
         return {
-            "loss/policy": -before.detach(),
+            "loss/policy": torch.tensor(-after),
             "policy/entropy": self.distribution.entropy(old).mean(),
             "policy/kl": torch.tensor(kl),
             "policy/tries": torch.tensor(float(k + 1)),

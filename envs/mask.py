@@ -50,8 +50,15 @@ class Masked(gymnasium.Wrapper):
 
 
 def masks(env: gymnasium.Env) -> bool:
-    """Whether an environment tells which actions are allowed; resets it to see."""
-    return isinstance(env.action_space, spaces.Discrete) and MASK in env.reset()[1]
+    """Whether an environment tells which actions are allowed; resets it to see.
+
+    One that is a table (Taxi) is left as it is: its states stay whole numbers.
+    """
+    if not isinstance(env.action_space, spaces.Discrete) or isinstance(
+        env.observation_space, spaces.Discrete
+    ):
+        return False
+    return MASK in env.reset()[1]
 
 
 def is_masked(space: spaces.Space[Any]) -> bool:
