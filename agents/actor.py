@@ -143,7 +143,8 @@ def orthogonal(module: nn.Module, gain: float) -> None:
     """
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            nn.init.orthogonal_(layer.weight, gain)
+            plain = torch.empty(layer.weight.shape)  # it cannot fill a weight that lies channels-last
+            layer.weight.data.copy_(nn.init.orthogonal_(plain, gain))
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
