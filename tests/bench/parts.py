@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from backbones.compute import choose, guarded_compile, to_device
 from replay import Transition, Update
 from replay.ring import FINAL, Ring
 from runs import Run
-from tests.bench.works import WORKS, Work
+from tests.bench.works import PLAIN, WORKS, Work
 
 
 def timed(kind: type[Any], seconds: float) -> type[Any]:
@@ -70,6 +71,11 @@ def ours(work: Work, seconds: float) -> dict[str, Any]:
         "seconds_to_first_update": late + summary["seconds_to_first_update"],
         "compute": next(line for _, line in said if "; run folder" in line).split("; run folder")[0],
     }
+
+
+def plain(work: Work, seconds: float) -> dict[str, Any]:
+    """Ours, without the parts of DQN."""
+    return ours(replace(work, settings=work.settings | PLAIN), seconds)
 
 
 def peer(work: Work, seconds: float, vectorization: str) -> dict[str, Any]:
@@ -340,7 +346,7 @@ def _rate(call: Callable[[], Any], seconds: float) -> float:
 
 def main(side: str, name: str, amount: str, file: str) -> None:
     """Measure and write."""
-    alone, sizes = {"ours": ours, "ceiling": ceiling}, {"memory": memory, "saving": saving}
+    alone, sizes = {"ours": ours, "plain": plain, "ceiling": ceiling}, {"memory": memory, "saving": saving}
     if side in sizes:
         found = sizes[side](int(amount))
     else:

@@ -135,10 +135,28 @@ class Work:
         return found
 
 
+# all of DQN's parts at once, against ours without any
+PLAIN = {
+    "double": "off",
+    "dueling": "off",
+    "noisy": "off",
+    "distributional": "off",
+    "n_step": 1,
+    "alpha": 0.0,
+}
+PARTS = {
+    "double": "online",
+    "dueling": "mean",
+    "noisy": "factorised",
+    "distributional": "c51",
+    "n_step": 3,
+    "alpha": 0.5,
+}
 BOTH = ("DummyVecEnv", "SubprocVecEnv")
 WORKS = {
     "dqn-pong-1": Work("ALE/Pong-v5", 4, 2.5, PONG | QUIET, needs=("cv2",)),
     "dqn-pong-8": Work("ALE/Pong-v5", 4, 2.5, PONG | QUIET | {"num_envs": 8}, BOTH, needs=("cv2",)),
+    "dqn-parts": Work("ALE/Pong-v5", 4, 0.7, PONG | QUIET | {"num_envs": 8} | PARTS, ("plain",)),
     "qtable-frozenlake": Work(
         "FrozenLake-v1", 1, 1.0, LAKE | QUIET, ("sync", "table"), agent="qtable", threads=1
     ),
