@@ -300,7 +300,10 @@ PRESETS = {
     ),
     "a2c-cartpole": Preset("a2c", ("CartPole-v*",), SMALL | _falling(500_000, 7e-4, num_envs=8), ZOO),
     "a2c-acrobot": Preset(
-        "a2c", ("Acrobot-v*", "MountainCar-v*"), SMALL | NORMALIZE | _falling(500_000, 7e-4, num_envs=16), ZOO
+        "a2c",
+        ("Acrobot-v*", "MountainCar-v*"),
+        SMALL | NORMALIZE | _falling(1_000_000, 7e-4, num_envs=16),
+        ZOO,
     ),
     "a2c-pendulum": Preset(
         "a2c",
@@ -328,9 +331,15 @@ PRESETS = {
     ),
     "trpo": Preset(
         "trpo",
-        ("CartPole-v*", "Acrobot-v*", "MountainCar-v*"),
+        ("CartPole-v*",),
         SMALL | dict(steps=100_000, num_envs=2, rollout=512, lam=0.98, epochs=20, eval_every=20_000),
         ZOO,
+    ),
+    "trpo-acrobot": Preset(
+        "trpo",
+        ("Acrobot-v*", "MountainCar-v*"),
+        SMALL | dict(steps=300_000, num_envs=4, rollout=512, lam=0.97, epochs=20, eval_every=30_000),
+        ZOO + ", for longer",
     ),
     "trpo-pendulum": Preset(
         "trpo",
