@@ -218,7 +218,7 @@ class TRPO(PolicyAgent):
         k, kl = -1, 0.0
         if good:
             k, kl = line_search(
-                weights, step, judge, float(before), config.delta, config.shrink, config.tries
+                weights, step, judge, float(before.detach()), config.delta, config.shrink, config.tries
             )
         self._refused += k < 0
         return {

@@ -14,6 +14,8 @@ import torch
 from gymnasium import spaces
 
 import envs
+from agents import load
+from agents.actor import PolicyAgent
 from agents.dqn import DQN
 from agents.loop import off_policy, on_policy
 from agents.qtable import QTable
@@ -119,8 +121,23 @@ def trained(
     return agent, watch
 
 
+def acted(
+    name: str,
+    env_id: str,
+    steps: int,
+    *,
+    seed: int = 0,
+    num_envs: int = 1,
+    between: Any = None,
+    **knobs: Any,
+) -> tuple[PolicyAgent, Quiet]:
+    """Train a policy-gradient agent on a small net through its real loop."""
+    agent = load(name)(**{"net": {"hidden": (32,)}, **knobs})
+    return agent, tabular(agent, env_id, steps, seed=seed, num_envs=num_envs, between=between)
+
+
 def tabular(
-    agent: QTable | SARSA,
+    agent: QTable | SARSA | PolicyAgent,
     env_id: str,
     steps: int,
     *,
@@ -128,7 +145,7 @@ def tabular(
     num_envs: int = 1,
     between: Any = None,
 ) -> Quiet:
-    """Train one of the agents that hold Q in a table or a net, through its real loop."""
+    """Train an agent whose `loop` says how, through that loop."""
     register()
     torch.set_num_threads(1)
     env = envs.make(env_id, num_envs, seed)
@@ -145,7 +162,7 @@ def tabular(
     return watch
 
 
-def digest(agent: DQN | QTable | SARSA) -> str:
+def digest(agent: DQN | QTable | SARSA | PolicyAgent) -> str:
     """A hash of all that it acts by, bit by bit."""
     weights = agent.state_dict()["weights"].values()
     data = b"".join(tensor.detach().contiguous().numpy().tobytes() for tensor in weights)
