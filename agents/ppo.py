@@ -90,8 +90,9 @@ def approximate_kl(logp: Tensor, old_logp: Tensor) -> Tensor:
 
 
 def normalized(advantage: Tensor) -> Tensor:
-    """Mean 0 and spread 1. Shapes: (B,) -> (B,)."""
-    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    """Mean 0 and spread 1; 0 for a single one. Shapes: (B,) -> (B,)."""
+    free = min(len(advantage) - 1, 1)
+    return (advantage - advantage.mean()) / (advantage.std(correction=free) + 1e-8)
 
 
 class PPO(PolicyAgent):

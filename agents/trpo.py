@@ -76,12 +76,13 @@ def surrogate(logp: Tensor, old_logp: Tensor, advantage: Tensor) -> Tensor:
 def conjugate_gradient(product: Callable[[Tensor], Tensor], g: Tensor, steps: int) -> Tensor:
     """x with A x = g for a symmetric positive definite A, given v -> A v. Shapes: (D,).
 
-    Source: Hestenes and Stiefel 1952; ends early where the residual is nearly zero.
+    Source: Hestenes and Stiefel 1952; ends early where the residual is nearly zero beside g.
     """
     x, residual = torch.zeros_like(g), g.clone()
     direction, size = residual.clone(), residual @ residual
+    enough = 1e-10 * float(size)
     for _ in range(steps):
-        if float(size) < 1e-10:
+        if float(size) <= enough:
             break
         image = product(direction)
         length = size / (direction @ image)
