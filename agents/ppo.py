@@ -39,7 +39,7 @@ class Config(ActorConfig):
 
     rollout: Annotated[int, Knob("steps of each environment between updates", low=1)] = 128
     epochs: Annotated[int, Knob("passes over each rollout", low=1)] = 4
-    batch: Annotated[int, Knob("samples of a minibatch", low=2)] = 256
+    batch: Annotated[int, Knob("samples of a minibatch", low=2)] = 128
     lam: Annotated[float, Knob("of the advantages: 0 one step, 1 the whole return", low=0, high=1)] = 0.95
     clip: Annotated[float, Knob("how far the ratio may go from 1", above=0)] = 0.2
     clip_end: Annotated[float | None, Knob("clip in the end; by itself clip", above=0)] = None

@@ -177,10 +177,14 @@ def test_a_line_search_takes_the_longest_good_step() -> None:
 
 
 def test_a_full_step_has_the_kl_that_was_asked_for() -> None:
-    """On a small trust region, where the quadratic holds; without damping the step uses all of it."""
+    """On a small trust region the quadratic holds: damping takes its share, damping |step|^2 / 2, the KL is the rest."""
     agent = agent_on(spaces.Discrete(3), delta=1e-4, damping=1e-3, cg_steps=30)
+    before = flat(agent._weights).detach().clone()
     said = agent._improve(samples_of(agent, 64, seed=1))
-    assert said["policy/tries"] == 1 and float(said["policy/kl"]) == pytest.approx(1e-4, rel=0.1)
+    step = flat(agent._weights).detach() - before
+    rest = 1e-4 - 1e-3 * float(step @ step) / 2
+    assert said["policy/tries"] == 1 and 0.3e-4 < rest < 0.9e-4
+    assert float(said["policy/kl"]) == pytest.approx(rest, rel=0.05)
 
 
 def test_advantages_without_a_gradient_are_refused() -> None:
