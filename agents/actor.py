@@ -126,7 +126,9 @@ def orthogonal(module: nn.Module, gain: float) -> None:
     """
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            nn.init.orthogonal_(layer.weight, gain)
+            # torch fills only what lies in order, and images' weights lie channels last
+            drawn = nn.init.orthogonal_(torch.empty(layer.weight.shape), gain)
+            layer.weight.data.copy_(drawn)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 

@@ -197,7 +197,9 @@ ANSWERS: dict[str, spaces.Space[Any]] = {
     "MultiDiscrete": spaces.MultiDiscrete([2, 3, 4]),
     "MultiBinary": spaces.MultiBinary(3),
     "Dict": spaces.Dict(move=Discrete(3), push=_box(-1, 1, 1)),
-    "Tuple": spaces.Tuple((Discrete(2), spaces.Dict(bits=spaces.MultiBinary(2), digits=spaces.MultiDiscrete([3, 2])))),
+    "Tuple": spaces.Tuple(
+        (Discrete(2), spaces.Dict(bits=spaces.MultiBinary(2), digits=spaces.MultiDiscrete([3, 2])))
+    ),
 }
 
 

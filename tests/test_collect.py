@@ -270,9 +270,7 @@ def flat(steps: list) -> list:
     return [np.asarray(leaf).tolist() for step in steps for part in step for _, leaf in leaves(part)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "vectorization"), [*((kind, "sync") for kind in KINDS), ("Tuple", "async")]
-)
+@pytest.mark.parametrize(("kind", "vectorization"), [*((kind, "sync") for kind in KINDS), ("Tuple", "async")])
 def test_actions_of_every_space_are_taken_and_replayed(kind: str, vectorization: str) -> None:
     """A journal goes back to the bit, with fresh seeds on the way (every 15 steps) and without."""
     for every in [15, 10_000] if vectorization == "sync" else [15]:

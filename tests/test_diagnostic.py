@@ -79,7 +79,9 @@ def test_identity_rewards_the_answer() -> None:
     env = Identity("Box")
     obs, _ = env.reset(seed=0)
     obs, reward, *_ = env.step(obs)
-    assert reward == 0 and env.step(obs + np.float32([0.3, 0.1]))[1] == pytest.approx(-0.05)  # (.09 + .01) / 2
+    assert reward == 0 and env.step(obs + np.float32([0.3, 0.1]))[1] == pytest.approx(
+        -0.05
+    )  # (.09 + .01) / 2
 
 
 def test_identity_shows_and_rewards_each_part() -> None:

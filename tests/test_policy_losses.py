@@ -93,7 +93,11 @@ def by_hand(space: spaces.Space[Any], p: Tensor, x: Tensor) -> tuple[Tensor, Ten
 def gae_by_hand(agent: Any, r: Rollout, lam: float = LAM) -> tuple[np.ndarray, np.ndarray]:
     """Advantages and returns (T, N): for each step the sum over all later ones of its episode."""
     t, n = r.reward.shape
-    cut = iter(reference(agent, torch.from_numpy(r.cut_obs))[1].detach().numpy()) if len(r.cut_obs) else iter(())
+    cut = (
+        iter(reference(agent, torch.from_numpy(r.cut_obs))[1].detach().numpy())
+        if len(r.cut_obs)
+        else iter(())
+    )
     follows = np.zeros((t, n))
     for i in range(t):
         for j in range(n):
@@ -145,7 +149,9 @@ both = pytest.mark.parametrize("space", [THREE, PUSH], ids=("discrete", "box"))
 @pytest.mark.parametrize("normalize", ["minibatch", "rollout", "off"])
 def test_ppo(space: Any, separate: bool, clip_value: float | None, normalize: str) -> None:
     knobs = dict(rollout=T, batch=T * N, epochs=1, lam=LAM, clip=0.2, entropy=0.03, value_weight=0.7)
-    agent = built("ppo", space, separate=separate, clip_value=clip_value, normalize_advantage=normalize, **knobs)
+    agent = built(
+        "ppo", space, separate=separate, clip_value=clip_value, normalize_advantage=normalize, **knobs
+    )
     r = rollout_of(agent, space)
     w, found = weights_of(agent), gradients(agent)
     metrics = agent.update(r).metrics
@@ -160,7 +166,9 @@ def test_ppo(space: Any, separate: bool, clip_value: float | None, normalize: st
     terms, high, low = [], 0, 0
     for i in range(len(a)):
         near = min(max(ratio[i].item(), 0.8), 1.2)
-        terms.append(torch.minimum(ratio[i] * a[i], near * a[i] if near != ratio[i].item() else ratio[i] * a[i]))
+        terms.append(
+            torch.minimum(ratio[i] * a[i], near * a[i] if near != ratio[i].item() else ratio[i] * a[i])
+        )
         high += bool(a[i] > 0 and ratio[i] > 1.2)
         low += bool(a[i] < 0 and ratio[i] < 0.8)
     assert high and low, "both sides of the clip are met"
@@ -247,7 +255,9 @@ def test_ppo_ends_an_update_when_the_policy_moved_too_far() -> None:
     kls: list[float] = []
     for agent in (free, early):
         step = agent._graph
-        agent._graph = lambda *part, step=step: kls.append(float((found := step(*part))["policy/kl"])) or found
+        agent._graph = lambda *part, step=step: (
+            kls.append(float((found := step(*part))["policy/kl"])) or found
+        )
         agent.update(r)
     assert free.updates == 20 and 1 < early.updates < 20
     assert kls[: early.updates] == kls[20:]  # the same until it ends
@@ -275,7 +285,13 @@ def test_credit_by_hand() -> None:
     column = lambda *x: np.array(x, np.float32)[:, None]  # noqa: E731
     reward, ended = column(1, 2, 4, 8, 16), column(0, 0, 1, 0, 1).astype(bool)
     cut = np.zeros((5, 1), np.float32)
-    assert whole_return(reward, cut, ended, ended, 0.5)[:, 0].tolist() == [3, 3, 3, 16, 16]  # 1 + 1 + 1, 8 + 8
+    assert whole_return(reward, cut, ended, ended, 0.5)[:, 0].tolist() == [
+        3,
+        3,
+        3,
+        16,
+        16,
+    ]  # 1 + 1 + 1, 8 + 8
     agent = built("reinforce", THREE, baseline="none", credit="to_go")
     agent.config = agent.config.__class__(baseline="none", gamma=0.5)
     r = rollout_of(agent, THREE, t=5, n=1)._replace(
@@ -356,7 +372,9 @@ def test_the_gradient_is_unbiased(baseline: str) -> None:
     p, _ = reference(agent, torch.full((1, 3), 0.5), w)
     pi = p.softmax(1)[0]
     expected = torch.autograd.grad(-(pi * torch.from_numpy(pay)).sum(), w["policy.linear.bias"])[0]
-    names = [name for name, _ in agent.model.named_parameters() if name.split(".")[0] in ("backbone", "policy")]
+    names = [
+        name for name, _ in agent.model.named_parameters() if name.split(".")[0] in ("backbone", "policy")
+    ]
     mean = found[0][1 + names.index("policy.linear.bias")]
     # a single pull's gradient spreads by about 2
     np.testing.assert_allclose(mean.numpy(), expected.numpy(), atol=4 * 2 / math.sqrt(count))
@@ -369,7 +387,9 @@ def test_samples_lie_step_by_step() -> None:
     samples = agent.samples(r)
     assert isinstance(samples, Samples)
     for i, (t, n) in enumerate(np.ndindex(T, N)):
-        assert np.array_equal(samples.obs[i], r.obs[t, n]) and np.array_equal(samples.action[i], r.action[t, n])
+        assert np.array_equal(samples.obs[i], r.obs[t, n]) and np.array_equal(
+            samples.action[i], r.action[t, n]
+        )
         assert (samples.logp[i], samples.value[i]) == (r.logp[t, n], r.value[t, n])
 
 

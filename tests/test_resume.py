@@ -137,7 +137,9 @@ def test_policies_on_pendulum_go_on_to_the_bit(tmp_path, monkeypatch, agent):
     assert len(rows(tmp_path / "whole" / "scores.csv")) == 4
 
 
-@pytest.mark.parametrize(("agent", "kill"), [("ppo", 1), ("ppo", 65), ("trpo", 199), ("reinforce", 63), ("a2c", 127)])
+@pytest.mark.parametrize(
+    ("agent", "kill"), [("ppo", 1), ("ppo", 65), ("trpo", 199), ("reinforce", 63), ("a2c", 127)]
+)
 def test_policies_at_any_step(tmp_path, monkeypatch, agent, kill):
     settings = {**ACTORS[agent], "hidden": (16,), "num_envs": 1}
     runs = interrupted(monkeypatch, tmp_path, "CartPole-v1", kill, agent=agent, small=RUN, **settings)
@@ -164,7 +166,6 @@ def test_policies_go_on_to_the_bit_after_an_env_died(tmp_path, monkeypatch, agen
     kept = Run.open(runs[0]).load(128)["replay"]
     lost = 51 - (0 if agent == "reinforce" else 40)
     assert kept["truncated"][lost].tolist() == [False, True] and kept["first"][lost + 1].tolist()[1]
-    assert not kept["terminated"].any() or agent == "reinforce"
 
 
 def test_sarsa_whose_envs_cannot_be_rebuilt_chooses_anew(tmp_path, monkeypatch):

@@ -144,9 +144,18 @@ WRONG = [
     (["ppo", "--env", TEXTS], ["no policy draws actions of Text"]),
     (["reinforce", "--env", TEXTS], ["no policy draws actions of Text"]),
     (["ppo", "--env", UNBOUNDED, "--squash"], ["--squash needs bounds", "Box"]),
-    (["ppo", "--env", "CartPole-v1", "--preset", "none", "--batch", "100"], ["--batch 100 must divide", "128 steps"]),
-    (["ppo", "--env", "CartPole-v1", "--preset", "none", "--batch", "512"], ["--batch 512 must divide", "128 steps"]),
-    (["trpo", "--env", "CartPole-v1", "--preset", "none", "--batch", "4096"], ["--batch 4096 must divide", "1024"]),
+    (
+        ["ppo", "--env", "CartPole-v1", "--preset", "none", "--batch", "100"],
+        ["--batch 100 must divide", "128 steps"],
+    ),
+    (
+        ["ppo", "--env", "CartPole-v1", "--preset", "none", "--batch", "512"],
+        ["--batch 512 must divide", "128 steps"],
+    ),
+    (
+        ["trpo", "--env", "CartPole-v1", "--preset", "none", "--batch", "4096"],
+        ["--batch 4096 must divide", "1024"],
+    ),
     (["ppo", "--env", "CartPole-v1", "--rollout", "0"], ["--rollout", ">= 1", "0"]),
     (["a2c", "--env", "CartPole-v1", "--rollout", "0"], ["--rollout", ">= 1", "0"]),
     (["trpo", "--env", "CartPole-v1", "--rollout", "-1"], ["--rollout", ">= 1", "-1"]),
@@ -156,7 +165,10 @@ WRONG = [
     (["a2c", "--env", "FrozenLake-v1", "--normalize-obs"], ["--normalize-obs", "vectors", "Discrete(16)"]),
     (["ppo", "--env", "CartPole-v1", "--clip-steps", "9"], ["--clip-steps", "--clip-end"]),
     (["ppo", "--env", "CartPole-v1", "--lr-steps", "9", "--preset", "none"], ["--lr-steps", "--lr-end"]),
-    (["reinforce", "--env", "CartPole-v1", "--baseline-rate", "0.3"], ["--baseline-rate", "--baseline average"]),
+    (
+        ["reinforce", "--env", "CartPole-v1", "--baseline-rate", "0.3"],
+        ["--baseline-rate", "--baseline average"],
+    ),
     (["a2c", "--env", "CartPole-v1", "--optimizer", "adma"], ["--optimizer", "adam"]),
     (["a2c", "--env", "CartPole-v1", "--backbone", "table"], ["--backbone of a2c", "mlp", "table"]),
     (["dqn"], ["--env"]),
@@ -464,7 +476,17 @@ def test_every_agent_runs_from_the_command_line_and_plays(
     """As it is: a preset or the defaults, the film of an episode, and the same score when it is loaded again."""
     for name in AGENTS:
         env = "FrozenLake-v1" if name == "qtable" else "CartPole-v1"
-        small = ["--steps", "600", "--final-episodes", "2", "--num-envs", "2", "--preset", "none", "--no-video"]
+        small = [
+            "--steps",
+            "600",
+            "--final-episodes",
+            "2",
+            "--num-envs",
+            "2",
+            "--preset",
+            "none",
+            "--no-video",
+        ]
         small += ["--learning-starts", "100"] if name in ("dqn", "qtable") else []
         small += ["--rollout", "64"] if name == "trpo" else []
         folder = tmp_path / name
