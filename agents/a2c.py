@@ -4,10 +4,11 @@
     A = GAE(gamma, lam),   R = A + V(s); with lam = 1 the n-step return of the rollout
 
 Source: Mnih et al. 2016, arXiv 1602.01783, section 4 and algorithm S3, all environments in step instead of threads;
-course notes 6.4 (actor-critic).
+course notes 6.3.2 (actor-critic).
 
-Deviations: (1) an episode that was truncated bootstraps from its true last state; (2) RMSProp with its epsilon within
-the root, or Adam.
+Deviations: (1) an episode that was truncated bootstraps from its true last state; (2) the loss is a mean over steps
+where the paper sums, the critic's has the factor 1/2, and the gradient's norm is clipped; (3) advantages may be brought
+to mean 0, spread 1 (`--normalize-advantage`), and Adam may take the place of the paper's RMSProp.
 """
 
 from __future__ import annotations
@@ -16,16 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from agents import returns
 from agents.actor import ActorConfig, PolicyAgent, Samples
-from agents.optimizers import OPTIMIZERS
+from agents.optimizers import OPTIMIZERS, Optimizer
 from agents.ppo import normalized, value_loss
 from backbones.compute import guarded_compile
-from replay import Rollout, Rollouts
+from replay import Rollouts
 from runs.config import Knob
 
 
@@ -58,29 +57,18 @@ class A2C(PolicyAgent):
     name = "a2c"
     Config = Config
 
-    def prepare(self, say: Callable[[str], None]) -> None:
+    def prepare(self, say: Callable[[str], None]) -> dict[str, Optimizer]:
         """See `PolicyAgent.prepare`."""
         config = self.config
         learned = (p for p in self.model.parameters() if p.requires_grad)  # a backbone may come frozen
         how = dict(lr=config.lr, eps=config.optimizer_eps, max_norm=config.max_grad_norm)
         self.optimizer = OPTIMIZERS[config.optimizer](learned, **how)
         self._graph = guarded_compile(self._step, say) if self.compute.compile else self._step
+        return {"optimizer": self.optimizer}
 
     def memory(self, like: Any) -> Rollouts:
         """See `PolicyAgent.memory`."""
         return Rollouts(self.config.rollout, like)
-
-    @property
-    def skipped_in_row(self) -> int:
-        """See `Agent.skipped_in_row`."""
-        return int(self.optimizer.longest)
-
-    def estimate(self, rollout: Rollout, reward: np.ndarray, next_value: np.ndarray) -> tuple[Any, Any]:
-        """GAE, and R = A + V."""
-        ended = rollout.terminated | rollout.truncated
-        gamma, lam = self.config.gamma, self.config.lam
-        advantage = returns.gae(reward, rollout.value, next_value, rollout.terminated, ended, gamma, lam)
-        return advantage, advantage + rollout.value
 
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """One gradient step."""
@@ -88,7 +76,7 @@ class A2C(PolicyAgent):
         self.optimizer.begin(self._lr(self.steps))
         metrics = self._graph(samples.obs, samples.action, samples.advantage, samples.return_)
         self.updates += 1
-        return metrics | {"train/skipped": self.optimizer.skipped}
+        return metrics
 
     def _step(self, obs: Any, action: Tensor, advantage: Tensor, return_: Tensor) -> dict[str, Tensor]:
         config = self.config
@@ -108,12 +96,3 @@ class A2C(PolicyAgent):
             "policy/entropy": entropy.detach(),
             "train/grad_norm": norm,
         }
-
-    def state_dict(self) -> dict[str, dict[str, Any]]:
-        """See `Agent.state_dict`."""
-        return {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """See `Agent.load_state_dict`."""
-        super().load_state_dict(state)
-        self.optimizer.load_state_dict(state["optimizer"])

@@ -2,7 +2,7 @@
 
 An agent on top of it adds the loss. Data flow of one update:
 
-    rollout (T, N) -> rewards clipped or scaled -> next values -> advantages, returns -> Samples (B = T N) -> loss
+    rollout (T, N) -> rewards clipped, scaled -> next values -> advantages, returns -> Samples (B = T N) -> loss
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 import backbones
 from agents import returns
 from agents.base import State, linear
-from agents.distributions import Categorical, Distribution, of_space
+from agents.distributions import Categorical, Distribution, masked, of_space
 from agents.heads import SPREADS, PolicyHead, ValueHead
 from agents.normalize import ObsNormalizer, RewardScaler
+from agents.optimizers import Optimizer
 from backbones.base import Backbone
 from backbones.compute import Compute, to_device
+from envs.mask import MASK, is_masked
 from replay import Decision, Rollout, Rollouts, Update
 from replay.tree import mapped
 from runs.config import Knob, RunFailed, UserError, check
@@ -75,15 +77,21 @@ class ActorCritic(nn.Module):
         critic: Backbone | None,
         distribution: Distribution,
         config: ActorConfig,
-        normalizer: ObsNormalizer | None,
+        space: spaces.Space[Any],
+        new: bool = True,
     ) -> None:
-        """Put new heads on the backbones; `critic` None: it shares that of the policy."""
+        """Put new heads on the backbones for observations of a space; `critic` None: it shares that of the policy.
+
+        `new`: the backbones were made for this agent, and may be given other weights.
+        """
         super().__init__()
-        self.normalizer, self.backbone, self.critic = normalizer, backbone, critic
+        self.masked = is_masked(space)
+        self.normalizer = ObsNormalizer(space) if config.normalize_obs else None
+        self.backbone, self.critic = backbone, critic
         self.policy = PolicyHead(backbone.features, distribution, config.spread, config.log_std)
         self.value = ValueHead((critic or backbone).features)
         if config.orthogonal:
-            for trunk in [backbone] if critic is None else [backbone, critic]:
+            for trunk in [trunk for trunk in (backbone, critic) if trunk is not None and new]:
                 orthogonal(trunk, 2**0.5)
             orthogonal(self.policy, 0.01)
             orthogonal(self.value, 1.0)
@@ -93,7 +101,16 @@ class ActorCritic(nn.Module):
         obs = self.seen(obs)
         features = self.backbone(obs)[0]
         of_critic = features if self.critic is None else self.critic(obs)[0]
-        return self.policy(features), self.value(of_critic)
+        return self.limited(self.policy(features), obs), self.value(of_critic)
+
+    def parameters_of(self, obs: Any) -> Tensor:
+        """The policy alone."""
+        obs = self.seen(obs)
+        return self.limited(self.policy(self.backbone(obs)[0]), obs)
+
+    def limited(self, p: Tensor, obs: Any) -> Tensor:
+        """Logits without the actions that the observation forbids."""
+        return masked(p, obs[MASK]) if self.masked else p
 
     def seen(self, obs: Any) -> Any:
         """Observations as the backbones get them."""
@@ -172,7 +189,6 @@ class PolicyAgent(ABC):
         self.distribution = of_space(action_space, squash=config.squash)
         weights, exploration, order = seed.spawn(3)
         self._rng, self._order = np.random.default_rng(exploration), np.random.default_rng(order)
-        normalizer = ObsNormalizer(observation_space) if config.normalize_obs else None
         with torch.random.fork_rng(devices=[]):  # torch's initialisers take no generator
             torch.manual_seed(int(weights.generate_state(1, np.uint64)[0] >> 1))
             name = self.backbone or backbones.default(observation_space)
@@ -182,14 +198,16 @@ class PolicyAgent(ABC):
                 if not isinstance(name, str):
                     raise UserError("--separate needs a backbone by name: one object cannot be both")
                 critic = backbones.build(name, observation_space, **self.net)
-            self.model = ActorCritic(trunk, critic, self.distribution, config, normalizer).to(compute.device)
+            # a backbone that was given as an object keeps its weights
+            parts = trunk, critic, self.distribution, config, observation_space, isinstance(name, str)
+            self.model = ActorCritic(*parts).to(compute.device)
         self._quick = self.model.quick() if compute.device == "cpu" else None
         self._reward = RewardScaler(config.gamma) if config.normalize_reward else None
-        self.prepare(say)
+        self._optimizers = self.prepare(say)
 
     @abstractmethod
-    def prepare(self, say: Callable[[str], None]) -> None:
-        """Make optimisers and graphs for `self.model`."""
+    def prepare(self, say: Callable[[str], None]) -> dict[str, Optimizer]:
+        """Make optimisers and graphs for `self.model`; the optimisers by their name in a checkpoint."""
 
     @abstractmethod
     def learn(self, samples: Samples) -> dict[str, Tensor]:
@@ -199,9 +217,22 @@ class PolicyAgent(ABC):
     def memory(self, like: Any) -> Rollouts:
         """What collects the steps of one update; observations look like `like` (N, *S)."""
 
-    @abstractmethod
     def estimate(self, rollout: Rollout, reward: np.ndarray, next_value: np.ndarray) -> tuple[Any, Any]:
-        """Advantages and the critic's targets, both (T, N)."""
+        """Advantages and the critic's targets, both (T, N): GAE, and R = A + V."""
+        ended = rollout.terminated | rollout.truncated
+        gamma, lam = self.config.gamma, self.config.lam
+        advantage = returns.gae(reward, rollout.value, next_value, rollout.terminated, ended, gamma, lam)
+        return advantage, advantage + rollout.value
+
+    @property
+    def skipped_in_row(self) -> int:
+        """See `Agent.skipped_in_row`."""
+        return int(max(optimizer.longest for optimizer in self._optimizers.values()))
+
+    @property
+    def skipped(self) -> Tensor:
+        """Steps skipped in all, ()."""
+        return torch.stack([optimizer.skipped for optimizer in self._optimizers.values()]).sum()
 
     @property
     def parameters(self) -> int:
@@ -223,7 +254,7 @@ class PolicyAgent(ABC):
         return Decision(self.distribution.action(drawn), state, drawn, logp, value)
 
     def greedy(self, obs: Any, first: np.ndarray, state: State) -> Decision:
-        """The most probable action."""
+        """The most probable action; of a Gaussian that of its mean, also where tanh moves the mode elsewhere."""
         p, _ = self._forward(obs)
         return Decision(self.distribution.action(self.distribution.mode(p).numpy()), state)
 
@@ -232,7 +263,7 @@ class PolicyAgent(ABC):
         return self._forward(obs)[1][:, None]
 
     def probabilities(self, obs: Any) -> np.ndarray:
-        """See `Agent.probabilities`; (N, 0) where actions are not numbered."""
+        """What `act` draws from, (N, A); (N, 0) where actions are not numbered."""
         p, _ = self._forward(obs)
         if isinstance(self.distribution, Categorical):
             return p.softmax(1).numpy()
@@ -246,7 +277,7 @@ class PolicyAgent(ABC):
         """Learn from a rollout."""
         samples = self.samples(batch)
         self.steps += len(samples.advantage)
-        metrics = self.learn(samples)
+        metrics = {**self.learn(samples), "train/skipped": self.skipped}
         if self.model.normalizer is not None:
             self.model.normalizer.learn(batch.obs)
         return Update(metrics, None)
@@ -301,7 +332,7 @@ class PolicyAgent(ABC):
         kept = {"weights": dict(self.model.state_dict()), "counters": counters}
         if self._reward is not None:
             kept["rewards"] = self._reward.state_dict()
-        return kept
+        return kept | {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """See `Agent.load_weights`."""
@@ -316,3 +347,5 @@ class PolicyAgent(ABC):
         self._order.bit_generator.state = counters["order"]
         if self._reward is not None:
             self._reward.load_state_dict(state["rewards"])
+        for name, optimizer in self._optimizers.items():
+            optimizer.load_state_dict(state[name])

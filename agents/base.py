@@ -124,14 +124,23 @@ def falling_epsilon(config: Any, step: int) -> float:
 
 
 def epsilon_greedy(
-    rng: np.random.Generator, epsilon: float, count: int, actions: int, values: Callable[[], np.ndarray]
+    rng: np.random.Generator,
+    epsilon: float,
+    count: int,
+    actions: int,
+    values: Callable[[], np.ndarray],
+    mask: np.ndarray | None = None,
 ) -> np.ndarray:
     """`count` actions in [0, actions): the best by `values` (count, A), or with probability epsilon any.
 
     Every environment draws for itself; where all of them explore the values are not asked for. Ties go to the action of
-    the lowest number.
+    the lowest number. `mask` (count, A): which may be drawn.
     """
-    explore, random = rng.random(count) < epsilon, rng.integers(actions, size=count)
+    explore = rng.random(count) < epsilon
+    if mask is None:
+        random = rng.integers(actions, size=count)
+    else:
+        random = (rng.random((count, actions)) * mask).argmax(axis=1)
     return random if explore.all() else np.where(explore, random, values().argmax(axis=1))
 
 

@@ -48,11 +48,13 @@ from torch import Tensor, nn
 
 import backbones
 from agents.base import State, epsilon_greedy, falling_epsilon, numbered
+from agents.distributions import masked
 from agents.heads import DUELING, NOISY, QHead
 from agents.optimizers import Adam
 from backbones.base import Backbone
 from backbones.compute import Compute, copy_weights, guarded_compile, to_device
 from backbones.dense import Quick
+from envs.mask import MASK, is_masked
 from replay import Batch, Decision, Update
 from replay.priority import Priority
 from runs.config import Knob, UserError, check
@@ -276,6 +278,7 @@ class DQN:
         actions = numbered(self.name, action_space)
         self.compute = compute
         self.actions, self._start = int(actions.n), int(actions.start)
+        self._masked = is_masked(observation_space)
         config = self.config
         weights, exploration, noise, coin = seed.spawn(4)
         self._rng = np.random.default_rng(exploration)
@@ -369,7 +372,8 @@ class DQN:
         if self._noise is not None:
             self._actor.head.draw(self._noise)
         chance = falling_epsilon(self.config, step)
-        action = epsilon_greedy(self._rng, chance, len(first), self.actions, lambda: self._values(obs))
+        mask = obs[MASK] if self._masked else None
+        action = epsilon_greedy(self._rng, chance, len(first), self.actions, lambda: self._values(obs), mask)
         return Decision(action + self._start, state)
 
     def schedule(self, step: int) -> dict[str, float]:
@@ -389,8 +393,13 @@ class DQN:
         if self._quick is not None and len(obs) <= self._quick.rows:
             return self._quick(obs)
         with self.compute.acting():
-            out = self._actor(to_device(obs, self.compute.device))
-            return expectation(out, self.config.distributional, self._support).cpu().numpy()
+            seen = to_device(obs, self.compute.device)
+            return self._q(self._actor(seen), seen).cpu().numpy()
+
+    def _q(self, out: Tensor, obs: Any) -> Tensor:
+        """Q(s, .) (B, A) of the head's output for obs, with forbidden actions out of reach."""
+        q = expectation(out, self.config.distributional, self._support)
+        return masked(q, obs[MASK]) if self._masked else q
 
     def probabilities(self, obs: Any) -> np.ndarray:
         """See `Agent.probabilities`: 1 for the greedy action."""
@@ -411,16 +420,16 @@ class DQN:
                 if later is None:
                     later = other(batch.next_obs)
                 assert later is not None
-                next_q = expectation(later, kind, support)  # (B, A)
+                next_q = self._q(later, batch.next_obs)  # (B, A)
                 reward, policy, select_q = batch.reward, None, next_q
                 if config.munchausen:
-                    now_q = expectation(other(batch.obs), kind, support)
+                    now_q = self._q(other(batch.obs), batch.obs)
                     terms = (action, config.munchausen, config.temperature)
                     policy, reward = munchausen(reward, batch.discount, next_q, now_q, *terms)
                     target = reward + batch.discount * (policy * next_q).sum(1)
                 else:
                     if config.double != "off":
-                        select_q = expectation(net(batch.next_obs), kind, support)
+                        select_q = self._q(net(batch.next_obs), batch.next_obs)
                     target = q_target(reward, batch.discount, next_q, select_q)  # (B,)
             out = net(batch.obs)
         if kind == "off":

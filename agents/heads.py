@@ -134,8 +134,8 @@ SPREADS = ("free", "state")
 class PolicyHead(nn.Module):
     """The parameters of a distribution over actions, from a linear layer on the backbone's features.
 
-    The spread of a Gaussian is `free`, learned numbers that do not depend on the observation, or comes from the
-    features too (`state`), kept between e^-5 and e^2. In fp32, as QHead.
+    The spread of a Gaussian is `free`, learned numbers that do not depend on the observation and have no bounds, or
+    comes from the features too (`state`) and is kept between e^-5 and e^2. In fp32, as QHead.
     Shapes: features (B, F) -> (B, P).
     """
 

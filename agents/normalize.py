@@ -1,8 +1,8 @@
-"""Observations and rewards brought to mean 0 and size 1 by statistics that are learned with the policy.
+"""Observations brought to mean 0 and spread 1, rewards to size 1, by statistics that are learned with the policy.
 
-Both learn once per rollout, after the update: what acted and what learns see the same numbers, and nothing has to be
-done per step. The statistics of observations are buffers of the net, saved with its weights and still when it is
-evaluated.
+Both learn once per rollout, so that nothing has to be done per step: of observations after the update, so that what
+acted and what learns see the same numbers; of rewards before they are scaled. The statistics of observations are
+buffers of the net, saved with its weights and still when it is evaluated.
 
 Source: running moments, Chan et al. 1979; as in OpenAI Baselines' VecNormalize.
 """
@@ -45,7 +45,7 @@ class ObsNormalizer(nn.Module):
     scale: Tensor  # 1 / spread
 
     def __init__(self, space: spaces.Space[Any]) -> None:
-        """Start as the identity. Raises: UserError for anything but vectors of floats."""
+        """Start as the identity within +-10. Raises: UserError for anything but vectors."""
         super().__init__()
         if not isinstance(space, spaces.Box) or len(space.shape) != 1 or space.dtype is None:
             raise UserError(f"--normalize-obs works on vectors, observations here are {space}")
@@ -63,7 +63,11 @@ class ObsNormalizer(nn.Module):
     def quick(self) -> Quick:
         """The same in numpy."""
         shift, scale = self.shift.numpy(), self.scale.numpy()
-        return Quick((lambda x: np.clip((x - shift) * scale, -CLIP, CLIP).astype(np.float32),), MOST)
+
+        def run(x: np.ndarray) -> np.ndarray:  # float32 first, as in `forward`
+            return np.clip((x.astype(np.float32, copy=False) - shift) * scale, -CLIP, CLIP)
+
+        return Quick((run,), MOST)
 
     @torch.no_grad()
     def learn(self, obs: np.ndarray) -> None:

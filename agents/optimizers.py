@@ -4,14 +4,14 @@
 
     Adam:     m <- m + (1 - b1)(g - m),   v <- b2 v + (1 - b2) g^2
               p <- p - lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps * sqrt(1 - b2^t))
-    RMSProp:  v <- a v + (1 - a) g^2,     p <- p - lr * g / sqrt(v + eps)
+    RMSProp:  v <- a v + (1 - a) g^2,     p <- p - lr * g / sqrt(v + eps)        a = 0.99, v = 1 at first
 
 A step whose loss or gradient is not finite is skipped and counted; t counts it too.
 
 torch.optim computes the same Adam; its fused step cannot be part of a compiled graph, and costs as much as the rest of
 a small net's update. Its RMSProp has eps outside of the root, which A2C does not work well with.
 Source: Kingma and Ba 2015, arXiv 1412.6980, algorithm 1 in the order of operations that section 2 ends with; Mnih et
-al. 2016, arXiv 1602.01783, section 4, eq. 2.
+al. 2016, arXiv 1602.01783, section 4 ("Optimization").
 """
 
 from __future__ import annotations

@@ -6,11 +6,12 @@
     L        = L_policy + value_weight L_value - entropy H(pi)
     A        = GAE(gamma, lam),   R = A + V_old
 
-Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7 and 9, algorithm 1; course notes 6.4 (the clipped objective).
+Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7 and 9, algorithm 1; course notes 6.3.2 (the clipped objective).
 
 Deviations: (1) advantages are brought to mean 0, spread 1 in each minibatch, or each rollout; (2) an episode that was
-truncated bootstraps from its true last state; (3) V may be clipped (`--clip-value`), as OpenAI Baselines does; (4) an
-update may end early, when the policy has moved by 1.5 `--target-kl` (Spinning Up).
+truncated bootstraps from its true last state; (3) L_value has the factor 1/2, so value_weight is twice the paper's c_1;
+(4) V may be clipped (`--clip-value`), as OpenAI Baselines does; (5) an update may end early, with the first minibatch
+on which the policy has moved by more than 1.5 `--target-kl` (after Spinning Up); (6) the gradient's norm is clipped.
 """
 
 from __future__ import annotations
@@ -19,16 +20,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from agents import returns
 from agents.actor import ActorConfig, PolicyAgent, Samples
 from agents.base import linear
-from agents.optimizers import Adam
+from agents.optimizers import Adam, Optimizer
 from backbones.compute import guarded_compile
-from replay import Rollout, Rollouts
+from replay import Rollouts
 from replay.tree import mapped
 from runs.config import Knob, UserError
 
@@ -37,9 +36,9 @@ from runs.config import Knob, UserError
 class Config(ActorConfig):
     """The knobs of PPO."""
 
-    rollout: Annotated[int, Knob("steps of each environment between updates", low=1)] = 128
-    epochs: Annotated[int, Knob("passes over each rollout", low=1)] = 4
-    batch: Annotated[int, Knob("samples of a minibatch", low=2)] = 128
+    rollout: Annotated[int, Knob("steps of each environment between updates", low=1)] = 2_048
+    epochs: Annotated[int, Knob("passes over each rollout", low=1)] = 10
+    batch: Annotated[int, Knob("samples of a minibatch", low=2)] = 64
     lam: Annotated[float, Knob("of the advantages: 0 one step, 1 the whole return", low=0, high=1)] = 0.95
     clip: Annotated[float, Knob("how far the ratio may go from 1", above=0)] = 0.2
     clip_end: Annotated[float | None, Knob("clip in the end; by itself clip", above=0)] = None
@@ -63,7 +62,7 @@ class Config(ActorConfig):
         """Updates in so many steps over all environments."""
         if self.rollout * num_envs % self.batch:
             raise UserError(
-                f"--batch {self.batch} must divide a rollout, {self.rollout} steps of {num_envs} environments"
+                f"--batch {self.batch} must divide a rollout: --rollout {self.rollout} x --num-envs {num_envs}"
             )
         return steps * self.epochs // self.batch
 
@@ -90,9 +89,9 @@ def approximate_kl(logp: Tensor, old_logp: Tensor) -> Tensor:
 
 
 def normalized(advantage: Tensor) -> Tensor:
-    """Mean 0 and spread 1; 0 for a single one. Shapes: (B,) -> (B,)."""
-    free = min(len(advantage) - 1, 1)
-    return (advantage - advantage.mean()) / (advantage.std(correction=free) + 1e-8)
+    """Mean 0 and spread 1. Shapes: (B,) -> (B,)."""
+    spread = advantage.std(correction=1 if len(advantage) > 1 else 0)  # of one sample: 0
+    return (advantage - advantage.mean()) / (spread + 1e-8)
 
 
 class PPO(PolicyAgent):
@@ -101,29 +100,18 @@ class PPO(PolicyAgent):
     name = "ppo"
     Config = Config
 
-    def prepare(self, say: Callable[[str], None]) -> None:
+    def prepare(self, say: Callable[[str], None]) -> dict[str, Optimizer]:
         """See `PolicyAgent.prepare`."""
         config = self.config
         learned = (p for p in self.model.parameters() if p.requires_grad)  # a backbone may come frozen
         self.optimizer = Adam(learned, lr=config.lr, eps=config.adam_eps, max_norm=config.max_grad_norm)
         self._clip = torch.zeros((), device=self.compute.device)
         self._graph = guarded_compile(self._step, say) if self.compute.compile else self._step
+        return {"optimizer": self.optimizer}
 
     def memory(self, like: Any) -> Rollouts:
         """See `PolicyAgent.memory`."""
         return Rollouts(self.config.rollout, like)
-
-    @property
-    def skipped_in_row(self) -> int:
-        """See `Agent.skipped_in_row`."""
-        return int(self.optimizer.longest)
-
-    def estimate(self, rollout: Rollout, reward: np.ndarray, next_value: np.ndarray) -> tuple[Any, Any]:
-        """GAE, and R = A + V."""
-        ended = rollout.terminated | rollout.truncated
-        gamma, lam = self.config.gamma, self.config.lam
-        advantage = returns.gae(reward, rollout.value, next_value, rollout.terminated, ended, gamma, lam)
-        return advantage, advantage + rollout.value
 
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """Epochs of minibatches."""
@@ -177,7 +165,7 @@ class PPO(PolicyAgent):
 
     def _end(self, samples: Samples) -> dict[str, Tensor]:
         left = (samples.return_ - samples.value).var() / (samples.return_.var() + 1e-8)
-        return {"value/explained": 1 - left, "train/skipped": self.optimizer.skipped}
+        return {"value/explained": 1 - left}
 
     def _clip_at(self, step: int) -> float:
         config = self.config
@@ -188,12 +176,3 @@ class PPO(PolicyAgent):
     def schedule(self, step: int) -> dict[str, float]:
         """See `Agent.schedule`."""
         return {**super().schedule(step), "train/clip": self._clip_at(step)}
-
-    def state_dict(self) -> dict[str, dict[str, Any]]:
-        """See `Agent.state_dict`."""
-        return {**super().state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """See `Agent.load_state_dict`."""
-        super().load_state_dict(state)
-        self.optimizer.load_state_dict(state["optimizer"])

@@ -82,6 +82,23 @@ QTABLE = MANY | dict(
     epsilon_steps=2_000_000,
 )
 SARSA = MANY | dict(num_envs=1_024, steps=8_000_000, lr=0.1, epsilon_end=0.01, epsilon_steps=4_000_000)
+# policy gradients
+SMALL = dict(hidden=(64, 64), activation="tanh")
+NORMALIZE = dict(normalize_obs=True, normalize_reward=True)
+ZOO = "the zoo's published settings"
+BASELINES = "the settings of OpenAI Baselines for MuJoCo, with a step size that falls"
+
+
+def _falling(steps: int, lr: float, **more: Any) -> dict[str, Any]:
+    """A run of so many steps whose step size falls to nearly nothing in them; ten evaluations."""
+    return dict(steps=steps, lr=lr, lr_end=lr / 1_000, lr_steps=steps, eval_every=steps // 10) | more
+
+
+MUJOCO = ("HalfCheetah-v*", "Hopper-v*", "Walker2d-v*", "Ant-v*", "Swimmer-v*", "Humanoid-v*")
+# what the zoo's search found for MuJoCo has in common: a narrow policy at first, small steps, a wider net
+TUNED = dict(steps=1_000_000, rollout=512, eval_every=100_000, log_std=-2.0, orthogonal=False) | NORMALIZE
+GAMES = ("ALE/*", "*NoFrameskip-v*")
+ATARI_GRADIENT = dict(clip_reward=True, separate=False, entropy=0.01, eval_every=500_000)
 LAKE = dict(eval_episodes=1_000, final_episodes=10_000)  # an episode wins or not: a mean needs many
 TAXI = dict(eval_episodes=300, final_episodes=3_000)
 LAKES = ("FrozenLake-v*", "chordate/FrozenLakeDeterministic-v*")
@@ -154,6 +171,26 @@ PRESETS = {
         ),
         "the zoo's published settings, with a step size that falls: at a constant one the policy comes and goes",
     ),
+    "minatar": Preset(
+        "dqn",
+        ("MinAtar/*",),
+        dict(
+            steps=1_000_000,
+            num_envs=8,
+            net="minatar",
+            lr=2.5e-4,
+            batch=64,
+            train_every=8,
+            updates=2,
+            learning_starts=5_000,
+            capacity=100_000,
+            target_every=250,
+            epsilon_end=0.05,
+            epsilon_steps=100_000,
+            eval_every=100_000,
+        ),
+        "Young and Tian 2019, with eight environments and Adam",
+    ),
     "qtable-lake": Preset("qtable", LAKES, QTABLE | LAKE | dict(lr=0.1), TABLE_WHY),
     "qtable-lake8": Preset(
         "qtable",
@@ -179,6 +216,154 @@ PRESETS = {
         ("CliffWalking-v*",),
         SARSA | dict(steps=2_000_000, gamma=1.0, epsilon_start=0.1, epsilon_end=0.1),
         "explores as in the textbook's example 6.6",
+    ),
+    "ppo-cartpole": Preset(
+        "ppo",
+        ("CartPole-v*",),
+        SMALL
+        | _falling(100_000, 1e-3, num_envs=8, rollout=32, batch=256, epochs=20, gamma=0.98, lam=0.8)
+        | dict(clip_end=1e-3, clip_steps=100_000),
+        ZOO,
+    ),
+    "ppo-acrobot": Preset(
+        "ppo",
+        ("Acrobot-v*", "MountainCar-v*"),
+        SMALL | NORMALIZE | _falling(500_000, 3e-4, num_envs=16, rollout=256, epochs=4, lam=0.94),
+        ZOO,
+    ),
+    "ppo-pendulum": Preset(
+        "ppo",
+        ("Pendulum-v*",),
+        SMALL | NORMALIZE | _falling(300_000, 1e-3, num_envs=4, rollout=512, gamma=0.95),
+        "the zoo's, which discounts by 0.9 and so does not see to the end of a swing",
+    ),
+    "ppo-lunarlander": Preset(
+        "ppo",
+        ("LunarLander*",),
+        SMALL
+        | _falling(1_000_000, 3e-4, num_envs=16, rollout=1_024, epochs=4, gamma=0.999, lam=0.98)
+        | dict(entropy=0.01),
+        ZOO,
+    ),
+    "ppo-mountaincar": Preset(
+        "ppo",
+        ("MountainCarContinuous-v*",),
+        SMALL
+        | NORMALIZE
+        | _falling(100_000, 3e-4, num_envs=4, rollout=256, batch=128, gamma=0.9999, lam=0.9)
+        | dict(log_std=0.5, entropy=0.004),
+        "a wide policy at first: the flag must be found by chance once",
+    ),
+    "ppo-walker": Preset(
+        "ppo",
+        ("BipedalWalker*",),
+        SMALL | NORMALIZE | _falling(5_000_000, 3e-4, num_envs=32, gamma=0.999),
+        ZOO,
+    ),
+    "ppo-halfcheetah": Preset(
+        "ppo",
+        ("HalfCheetah-v*",),
+        TUNED
+        | dict(lr=2.0633e-5, gamma=0.98, lam=0.92, clip=0.1, epochs=20, entropy=4e-4, max_grad_norm=0.8)
+        | dict(value_weight=1.16),
+        ZOO,
+    ),
+    "ppo-hopper": Preset(
+        "ppo",
+        ("Hopper-v*",),
+        TUNED
+        | dict(lr=9.8e-5, batch=32, gamma=0.999, lam=0.99, epochs=5, entropy=2.3e-3, max_grad_norm=0.7)
+        | dict(value_weight=1.67),
+        ZOO,
+    ),
+    "ppo-walker2d": Preset(
+        "ppo",
+        ("Walker2d-v*",),
+        TUNED
+        | dict(lr=5.05e-5, batch=32, clip=0.1, epochs=20, entropy=5.9e-4, max_grad_norm=1.0)
+        | dict(value_weight=1.74),
+        ZOO,
+    ),
+    "ppo-mujoco": Preset(
+        "ppo",
+        MUJOCO,
+        SMALL | NORMALIZE | _falling(1_000_000, 3e-4, num_envs=8, rollout=256),
+        BASELINES,
+    ),
+    "ppo-atari": Preset(
+        "ppo",
+        GAMES,
+        ATARI_GRADIENT
+        | _falling(10_000_000, 2.5e-4, num_envs=8, rollout=128, epochs=4, batch=256, value_weight=1.0)
+        | dict(clip=0.1, clip_end=1e-4, clip_steps=10_000_000),
+        "Schulman et al. 2017, table 5, as the zoo has it",
+    ),
+    "a2c-cartpole": Preset("a2c", ("CartPole-v*",), SMALL | _falling(500_000, 7e-4, num_envs=8), ZOO),
+    "a2c-acrobot": Preset(
+        "a2c", ("Acrobot-v*", "MountainCar-v*"), SMALL | NORMALIZE | _falling(500_000, 7e-4, num_envs=16), ZOO
+    ),
+    "a2c-pendulum": Preset(
+        "a2c",
+        ("Pendulum-v*",),
+        SMALL
+        | NORMALIZE
+        | _falling(1_000_000, 7e-4, num_envs=8, rollout=8, gamma=0.9, lam=0.9)
+        | dict(optimizer="adam"),
+        ZOO,
+    ),
+    "a2c-mujoco": Preset(
+        "a2c",
+        (*MUJOCO, "LunarLander*", "MountainCarContinuous-v*"),
+        SMALL
+        | NORMALIZE
+        | _falling(1_000_000, 1e-3, num_envs=8, rollout=8, lam=0.9)
+        | dict(log_std=-1.0, optimizer="adam"),
+        ZOO + ", without its state-dependent exploration",
+    ),
+    "a2c-atari": Preset(
+        "a2c",
+        GAMES,
+        ATARI_GRADIENT | _falling(10_000_000, 7e-4, num_envs=16),
+        "Mnih et al. 2016, as the zoo has it",
+    ),
+    "trpo": Preset(
+        "trpo",
+        ("CartPole-v*", "Acrobot-v*", "MountainCar-v*"),
+        SMALL | dict(steps=100_000, num_envs=2, rollout=512, lam=0.98, epochs=20, eval_every=20_000),
+        ZOO,
+    ),
+    "trpo-pendulum": Preset(
+        "trpo",
+        ("Pendulum-v*",),
+        SMALL
+        | NORMALIZE
+        | dict(steps=300_000, num_envs=2, rollout=1_024, gamma=0.95, epochs=15, eval_every=30_000),
+        "as for ppo",
+    ),
+    "trpo-lunarlander": Preset(
+        "trpo",
+        ("LunarLander*",),
+        SMALL
+        | dict(steps=500_000, num_envs=4, rollout=512, lam=0.98, epochs=20, eval_every=50_000)
+        | dict(gamma=0.995),
+        ZOO + ", for longer",
+    ),
+    "trpo-mujoco": Preset(
+        "trpo",
+        (*MUJOCO, "MountainCarContinuous-v*"),
+        SMALL
+        | NORMALIZE
+        | dict(steps=1_000_000, num_envs=4, rollout=512, cg_steps=25, epochs=20, eval_every=100_000),
+        ZOO,
+    ),
+    "reinforce-cartpole": Preset(
+        "reinforce", ("CartPole-v*", "Acrobot-v*"), SMALL | _falling(300_000, 3e-3, num_envs=8), "found here"
+    ),
+    "reinforce-mujoco": Preset(
+        "reinforce",
+        (*MUJOCO, "Pendulum-v*"),
+        SMALL | _falling(1_000_000, 3e-3, num_envs=8, normalize_obs=True),
+        "found here",
     ),
 }
 

@@ -1,17 +1,19 @@
 """REINFORCE: the gradient of the return itself, from whole episodes.
 
-    L = -sum_t (G_t - b) log pi(a_t|s_t) / steps
+    L = -sum_t (G_t - b) log pi(a_t|s_t) / steps - entropy H(pi)
     G_t = sum_{k >= t} gamma^(k-t) r_k      return to go, or (`--credit whole`) G_0 for every step of the episode
     b   = 0                                 `--baseline none`
         = a moving average of G             `--baseline average`
         = V(s_t), learned: mean (V - G)^2 / 2   `--baseline learned`
 
-Source: Williams 1992, eq. 11; Sutton and Barto 2018, sections 13.3 and 13.4; course notes 6.4.
+Source: Williams 1992, eq. 11; Sutton and Barto 2018, sections 13.3 and 13.4; course notes 6.3.2.
 
 Deviations: (1) steps are not weighted with gamma^t, as everywhere in practice; (2) a truncated episode bootstraps from
-V of its true last state where V is learned, and counts as it stands where it is not; (3) with several environments an
-update may come in the middle of an episode, whose first steps then come from the policy before; (4) Adam instead of
-plain ascent.
+V of its true last state where V is learned (with `--credit whole` from a V that has learned G_0, too), and counts as it
+stands where it is not; (3) with several environments an update may come in the middle of an episode, whose first steps
+then come from the policy before; (4) G_t - b is brought to mean 0, spread 1 in each update, which is a baseline of its
+own, the mean, even with `--baseline none`: `--no-normalize-advantage` is the textbook's; (5) an entropy bonus; (6) Adam
+instead of plain ascent, and the gradient's norm is clipped.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor
 from agents import returns
 from agents.a2c import actor_loss
 from agents.actor import ActorConfig, PolicyAgent, Samples
-from agents.optimizers import Adam
+from agents.optimizers import Adam, Optimizer
 from agents.ppo import normalized, value_loss
 from replay import Episodes, Rollout, Rollouts
 from runs.config import Knob, UserError
@@ -83,7 +85,7 @@ class REINFORCE(PolicyAgent):
     name = "reinforce"
     Config = Config
 
-    def prepare(self, say: Callable[[str], None]) -> None:
+    def prepare(self, say: Callable[[str], None]) -> dict[str, Optimizer]:
         """See `PolicyAgent.prepare`."""
         config, model = self.config, self.model
         policy = [*model.backbone.parameters(), *model.policy.parameters()]
@@ -94,15 +96,11 @@ class REINFORCE(PolicyAgent):
         self._critic = Adam((p for p in critic if p.requires_grad), lr=config.value_lr, **how)
         self._average = 0.0  # of returns
         self._seen = False  # whether there was one
+        return {"optimizer": self.optimizer, "critic": self._critic}
 
     def memory(self, like: Any) -> Rollouts:
         """See `PolicyAgent.memory`."""
         return Episodes(self.config.episodes, like)
-
-    @property
-    def skipped_in_row(self) -> int:
-        """See `Agent.skipped_in_row`."""
-        return int(max(self.optimizer.longest, self._critic.longest))
 
     def estimate(self, rollout: Rollout, reward: np.ndarray, next_value: np.ndarray) -> tuple[Any, Any]:
         """G - b, and G."""
@@ -127,7 +125,7 @@ class REINFORCE(PolicyAgent):
         self.compute.learning()
         advantage = normalized(samples.advantage) if config.normalize_advantage else samples.advantage
         with self.compute.autocast():
-            p = model.policy(model.backbone(model.seen(samples.obs))[0])
+            p = model.parameters_of(samples.obs)
         entropy = self.distribution.entropy(p).mean()
         of_policy = actor_loss(self.distribution.log_prob(p, samples.action), advantage)
         loss = of_policy - config.entropy * entropy
@@ -142,7 +140,7 @@ class REINFORCE(PolicyAgent):
         }
         if config.baseline == "learned":
             metrics["loss/value"] = self._fit(samples)
-        return metrics | {"train/skipped": self.optimizer.skipped + self._critic.skipped}
+        return metrics
 
     def _fit(self, samples: Samples) -> Tensor:
         """Move the critic towards the returns; its loss () before the last step."""
@@ -160,11 +158,9 @@ class REINFORCE(PolicyAgent):
         """See `Agent.state_dict`."""
         state = super().state_dict()
         state["counters"] |= {"average": self._average, "seen": self._seen}
-        return {**state, "optimizer": self.optimizer.state_dict(), "critic": self._critic.state_dict()}
+        return state
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """See `Agent.load_state_dict`."""
         super().load_state_dict(state)
         self._average, self._seen = state["counters"]["average"], state["counters"]["seen"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._critic.load_state_dict(state["critic"])

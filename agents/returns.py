@@ -60,8 +60,9 @@ def discounted(
 def lambda_returns(
     reward: np.ndarray, discount: np.ndarray, next_value: np.ndarray, lam: float
 ) -> np.ndarray:
-    """G_t = r_t + discount_t ((1 - lam) V(s_t') + lam G_{t+1}), and V(s_T') for G_T; discount = gamma (1 - terminated).
+    """G_t = r_t + discount_t ((1 - lam) V(s_t') + lam G_{t+1}), and V of the last successor for G_T.
 
+    discount = gamma (1 - terminated). The trace runs on across truncations, of which this knows nothing.
     Source: Sutton and Barto 2018, eq. 12.18.
     """
     result, following = np.empty_like(reward), next_value[-1]

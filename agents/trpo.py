@@ -1,17 +1,20 @@
 """TRPO: the largest step that improves the surrogate and keeps the policy within a KL distance of the old one.
 
-    L(theta) = mean pi(a|s) / pi_old(a|s) A            the surrogate
+    L(theta) = mean pi(a|s) / pi_old(a|s) A + entropy H(pi)     the surrogate
     x        = F^-1 g     by conjugate gradient,       g = grad L,  F = mean J^T M J + damping I
     step     = sqrt(2 delta / x^T F x) x
     theta    = theta_old + shrink^k step               the first k with L > L_old and mean KL(old || new) <= delta
 
-J is the Jacobian of the distribution's parameters by the weights, M the Fisher matrix of those parameters.
-No k will do: theta_old, bit by bit. The critic has a backbone of its own and is fitted to R = A + V by Adam.
+A = GAE(gamma, lam). J is the Jacobian of the distribution's parameters by the weights, M the Fisher matrix of those
+parameters. If no k < tries will do: theta_old, bit by bit. The critic has a backbone of its own and is fitted to
+R = A + V_old by Adam: mean (V(s) - R)^2 / 2.
 
-Source: Schulman et al. 2015, arXiv 1502.05477, eq. 14, section 6 and appendix C; course notes 6.4 (TRPO).
+Source: Schulman et al. 2015, arXiv 1502.05477, eq. 14, section 6 and appendix C; course notes 6.3.2 (TRPO), which have
+KL(new || old).
 
-Deviations: (1) an episode that was truncated bootstraps from its true last state; (2) advantages are brought to mean
-0, spread 1; (3) an entropy bonus can be part of the surrogate.
+Deviations: (1) an episode that was truncated bootstraps from its true last state; (2) A is GAE instead of a sum of
+rewards, brought to mean 0, spread 1; (3) an entropy bonus can be part of the surrogate; (4) `--damping` is added to the
+Fisher matrix, as in OpenAI Baselines.
 """
 
 from __future__ import annotations
@@ -20,17 +23,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from agents import returns
 from agents.actor import ActorConfig, PolicyAgent, Samples
 from agents.distributions import Distribution
-from agents.optimizers import Adam
+from agents.optimizers import Adam, Optimizer
 from agents.ppo import normalized, value_loss
 from backbones.compute import guarded_compile
-from replay import Rollout, Rollouts
+from replay import Rollouts
 from replay.tree import mapped
 from runs.config import Knob, UserError
 
@@ -63,7 +64,7 @@ class Config(ActorConfig):
         """Updates of the critic in so many steps over all environments."""
         if self.rollout * num_envs % self.batch:
             raise UserError(
-                f"--batch {self.batch} must divide a rollout, {self.rollout} steps of {num_envs} environments"
+                f"--batch {self.batch} must divide a rollout: --rollout {self.rollout} x --num-envs {num_envs}"
             )
         return steps * self.epochs // self.batch
 
@@ -124,8 +125,9 @@ def line_search(
     delta: float,
     shrink: float,
     tries: int,
-) -> tuple[int, float]:
-    """Move the weights by the longest of the steps shrink^k `step` that is good; returns k (or -1) and its KL.
+) -> tuple[int, float, float]:
+    """Move the weights by the longest of the steps shrink^k `step` that is good; returns k (or -1), the
+    surrogate and the KL there.
 
     `judge` gives the surrogate and KL where the weights are. Good: surrogate > before, and KL <= delta. If none is,
     the weights are what they were, to the bit.
@@ -137,10 +139,10 @@ def line_search(
                 weight.copy_(start + part)
             gain, kl = judge()
             if gain > before and kl <= delta:
-                return k, kl
+                return k, gain, kl
         for weight, start in zip(weights, old, strict=True):
             weight.copy_(start)
-    return -1, 0.0
+    return -1, before, 0.0
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -160,7 +162,7 @@ class TRPO(PolicyAgent):
     name = "trpo"
     Config = Config
 
-    def prepare(self, say: Callable[[str], None]) -> None:
+    def prepare(self, say: Callable[[str], None]) -> dict[str, Optimizer]:
         """See `PolicyAgent.prepare`."""
         config, model = self.config, self.model
         policy = [*model.backbone.parameters(), *model.policy.parameters()]
@@ -171,29 +173,17 @@ class TRPO(PolicyAgent):
         self.optimizer = Adam((p for p in critic if p.requires_grad), **how)
         self._fit = guarded_compile(self._fit_step, say) if self.compute.compile else self._fit_step
         self._refused = 0
+        return {"optimizer": self.optimizer}
 
     def memory(self, like: Any) -> Rollouts:
         """See `PolicyAgent.memory`."""
         return Rollouts(self.config.rollout, like)
 
-    @property
-    def skipped_in_row(self) -> int:
-        """See `Agent.skipped_in_row`."""
-        return int(self.optimizer.longest)
-
-    def estimate(self, rollout: Rollout, reward: np.ndarray, next_value: np.ndarray) -> tuple[Any, Any]:
-        """GAE, and R = A + V."""
-        ended = rollout.terminated | rollout.truncated
-        gamma, lam = self.config.gamma, self.config.lam
-        advantage = returns.gae(reward, rollout.value, next_value, rollout.terminated, ended, gamma, lam)
-        return advantage, advantage + rollout.value
-
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """One natural step of the policy, several passes of the critic."""
         self.compute.learning()
         metrics = self._improve(samples)
-        metrics["loss/value"] = self._value(samples)
-        return metrics | {"train/skipped": self.optimizer.skipped}
+        return metrics | {"loss/value": self._value(samples)}
 
     def _improve(self, samples: Samples) -> dict[str, Tensor]:
         config, weights = self.config, self._weights
@@ -214,16 +204,16 @@ class TRPO(PolicyAgent):
         g = flat(torch.autograd.grad(before, weights, retain_graph=True))
         fisher = Fisher(self.distribution, p, weights, config.damping)
         x = conjugate_gradient(fisher, g, config.cg_steps)
-        step = (2 * config.delta / (x @ fisher(x)).clamp(min=1e-12)).sqrt() * x
+        step = (2 * config.delta / (x @ fisher(x)).clamp(min=torch.finfo(x.dtype).tiny)).sqrt() * x
         good = bool(torch.isfinite(step).all()) and bool(g.any())
-        k, kl = -1, 0.0
+        k, after, kl = -1, float(before.detach()), 0.0
         if good:
-            k, kl = line_search(
+            k, after, kl = line_search(
                 weights, step, judge, float(before.detach()), config.delta, config.shrink, config.tries
             )
         self._refused += k < 0
         return {
-            "loss/policy": -before.detach(),
+            "loss/policy": torch.tensor(-after),
             "policy/entropy": self.distribution.entropy(old).mean(),
             "policy/kl": torch.tensor(kl),
             "policy/tries": torch.tensor(float(k + 1)),
@@ -233,8 +223,7 @@ class TRPO(PolicyAgent):
 
     def _parameters(self, obs: Any) -> Tensor:
         """Parameters of the policy (B, P); in fp32, because a KL of 0.01 needs its digits."""
-        model = self.model
-        return model.policy(model.backbone(model.seen(obs))[0])
+        return self.model.parameters_of(obs)
 
     def _value(self, samples: Samples) -> Tensor:
         """Fit the critic; its loss () in the last minibatch."""
@@ -261,10 +250,9 @@ class TRPO(PolicyAgent):
         """See `Agent.state_dict`."""
         state = super().state_dict()
         state["counters"] |= {"refused": self._refused}
-        return {**state, "optimizer": self.optimizer.state_dict()}
+        return state
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """See `Agent.load_state_dict`."""
         super().load_state_dict(state)
         self._refused = state["counters"]["refused"]
-        self.optimizer.load_state_dict(state["optimizer"])

@@ -12,8 +12,10 @@ from gymnasium import spaces
 from torch import Tensor
 
 from agents.base import State, epsilon_greedy, numbered
+from agents.distributions import NEVER
 from backbones.base import Backbone
 from backbones.compute import Compute
+from envs.mask import MASK, is_masked
 from replay import Decision
 from runs.config import check
 
@@ -103,6 +105,7 @@ class EpsilonGreedy(ABC):
         """See `Agent.build`."""
         actions = numbered(self.name, action_space)
         self.actions, self._start = int(actions.n), int(actions.start)
+        self._masked = is_masked(observation_space)
         weights, exploration = seed.spawn(2)
         self._rng = np.random.default_rng(exploration)
         self.q = self.hold(observation_space, compute, weights, say)
@@ -129,7 +132,8 @@ class EpsilonGreedy(ABC):
         """Epsilon-greedy."""
         self._at = step
         chance = self.exploration(step)
-        action = epsilon_greedy(self._rng, chance, len(first), self.actions, lambda: self.values(obs))
+        mask = obs[MASK] if self._masked else None
+        action = epsilon_greedy(self._rng, chance, len(first), self.actions, lambda: self.values(obs), mask)
         return Decision(action + self._start, state)
 
     def greedy(self, obs: Any, first: np.ndarray, state: State) -> Decision:
@@ -138,7 +142,8 @@ class EpsilonGreedy(ABC):
 
     def values(self, obs: Any) -> np.ndarray:
         """Q(s, .) (N, A) of numpy observations (N, *S)."""
-        return self.q.values(obs)
+        values = self.q.values(obs)
+        return np.where(obs[MASK], values, NEVER) if self._masked else values
 
     def probabilities(self, obs: Any) -> np.ndarray:
         """See `Agent.probabilities`: 1 for the greedy action."""

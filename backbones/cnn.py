@@ -16,16 +16,18 @@ from runs.config import Knob, UserError, check
 # (channels, kernel, stride) of each layer
 NATURE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # Mnih et al. 2015, Methods, "Model architecture"
 LIGHT = ((16, 6, 3), (32, 4, 2))  # a twelfth of NATURE's work at 42 x 42; for few cores
+MINATAR = ((16, 3, 1),)  # Young and Tian 2019, arXiv 1903.03176; for pictures of 10 x 10
 IMPALA = (16, 32, 32)  # Espeholt et al. 2018, figure 3, large model
-WIDTH = {"nature": 512, "light": 256, "impala": 256}
+PLAIN = {"nature": NATURE, "light": LIGHT, "minatar": MINATAR}
+WIDTH = {"nature": 512, "light": 256, "minatar": 128, "impala": 256}
 
 
 class CNN(Backbone):
     """Convolutions, then one dense layer; vectors of a Dict observation join before the dense layer.
 
     `nature` is the DQN net, `impala` the residual net (5.8 times nature's work, often worth it with a GPU), `light` a
-    small net for few cores. Weights and activations are channels-last. Where an image is smaller than a kernel, the
-    kernel shrinks to fit.
+    small net for few cores, `minatar` one for tiny pictures. Weights and activations are channels-last. Where an image
+    is smaller than a kernel, the kernel shrinks to fit.
     Shapes: obs (B, *S) or (T, B, *S) with one image or more -> (B, F) or (T, B, F).
     Raises: UserError if the observation holds no image.
     Source: Mnih et al. 2015 (nature); Espeholt et al. 2018, arXiv 1802.01561 (impala).
@@ -50,7 +52,7 @@ class CNN(Backbone):
         if net == "impala":
             self.trunk, shape = _residual(shape, IMPALA, norm)
         else:
-            self.trunk, shape = _plain(shape, NATURE if net == "nature" else LIGHT, norm)
+            self.trunk, shape = _plain(shape, PLAIN[net], norm)
         self.trunk = self.trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it
         dense: list[nn.Module] = [nn.Linear(math.prod(shape) + self.encoder.vector, self.features)]
         self.dense = nn.Sequential(*dense, *([nn.LayerNorm(self.features)] if norm else []), nn.ReLU())

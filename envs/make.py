@@ -17,6 +17,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrap
 from envs.atari import DEFAULT, Atari, EnvConfig, Game, is_atari, protocol, ram_game, refuse
 from envs.diagnostic import register
 from envs.journal import reset
+from envs.mask import Masked, is_masked, masks
 from envs.table import TableEnv, tabled
 from envs.table import register as register_tables
 from envs.workers import TIMEOUT, Workers
@@ -70,6 +71,7 @@ def make(
             if tabled(spec) and _own(spec, num_envs, vectorization)
             else ""
         )
+        line += ", forbidden actions masked" if is_masked(env.single_observation_space) else ""
         env.metadata = {**env.metadata, "frame_skip": 1, "description": line}
     env.metadata = {**env.metadata, "nondeterministic": spec.nondeterministic}
     env.action_space.seed(seed)
@@ -117,6 +119,8 @@ def resolve(env_id: str, say: Callable[[str], None] | None = None) -> EnvSpec:
     import ale_py  # noqa: F401  (registers its games)
 
     module, _, name = env_id.rpartition(":")
+    if name.startswith("MinAtar/"):
+        _register_minatar(name)
     if module:
         try:
             importlib.import_module(module)
@@ -131,6 +135,17 @@ def resolve(env_id: str, say: Callable[[str], None] | None = None) -> EnvSpec:
     if say is not None:
         say(f"{env_id} is {newest}")
     return gymnasium.registry[newest]
+
+
+def _register_minatar(name: str) -> None:
+    """MinAtar's ids appear in the registry when its own function is called."""
+    if "MinAtar/Breakout-v0" in gymnasium.registry:
+        return
+    try:
+        from minatar.gym import register_envs  # type: ignore[import-not-found]  # an extra
+    except ImportError:
+        raise UserError(f'{name} needs a missing package: pip install "chordate[minatar]"') from None
+    register_envs()
 
 
 def _shape(space: gymnasium.Space) -> str:
@@ -230,7 +245,8 @@ def _mend(env_id: str, entry_point: str, error: Exception) -> UserError:
 def _scalar(env_id: str, **keywords: Any) -> gymnasium.Env:
     """One environment; also runs in the processes of `async`, where nothing is registered yet."""
     # the collector checks what matters, for every kind of env
-    return gymnasium.make(resolve(env_id).id, disable_env_checker=True, **keywords)
+    env = gymnasium.make(resolve(env_id).id, disable_env_checker=True, **keywords)
+    return Masked(env) if masks(env) else env
 
 
 class SameStepCartPole(VectorWrapper):

@@ -11,6 +11,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from envs.atari import DEFAULT, Atari, EnvConfig, is_atari, protocol, ram_game
 from envs.collect import Collector
 from envs.make import make, resolve
+from envs.mask import Masked, masks
 from runs.config import UserError
 
 SCREEN = (210, 160)  # height and width of the console's picture
@@ -95,7 +96,8 @@ def action_names(env: VectorEnv, env_id: str) -> list[str]:
 
 def _drawn(env_id: str, **keywords: Any) -> gymnasium.Env:
     try:
-        return gymnasium.make(env_id, render_mode="rgb_array", **keywords)
+        env = gymnasium.make(env_id, render_mode="rgb_array", **keywords)
+        return Masked(env) if masks(env) else env
     except gymnasium.error.DependencyNotInstalled as error:
         raise UserError(f"{env_id} cannot be drawn: {error}") from None
     except Exception as error:  # a renderer breaks in its own ways

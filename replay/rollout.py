@@ -121,7 +121,8 @@ class Rollouts:
 class Episodes(Rollouts):
     """Whole episodes, one after the other as if a single environment had played them all: (B, 1) steps.
 
-    An episode that is not finished stays, and goes on under a policy that has learned meanwhile.
+    An episode that is not finished stays, and goes on under a policy that has learned meanwhile. One that never ends
+    keeps all its steps here.
     """
 
     def __init__(self, count: int, like: Any) -> None:

@@ -90,7 +90,7 @@ def test_identity_shows_and_rewards_each_part() -> None:
     right = np.array([part.argmax() for part in np.split(obs, [2, 5])])
     obs, reward, *_ = env.step(right)
     assert reward == 1
-    wrong = (np.array([part.argmax() for part in np.split(obs, [2, 5])]) + [1, 0, 0]) % [2, 3, 4]
+    wrong = (np.array([part.argmax() for part in np.split(obs, [2, 5])]) + np.array([1, 0, 0])) % [2, 3, 4]
     assert env.step(wrong)[1] == pytest.approx(2 / 3)
     env = Identity("MultiBinary")
     obs, _ = env.reset(seed=3)
@@ -103,7 +103,7 @@ def test_identity_shows_and_rewards_each_part() -> None:
     obs, _ = env.reset(seed=3)  # two, then two bits, then three and two
     digits = np.array([obs[4:7].argmax(), obs[7:].argmax()])
     bits = obs[2:4].astype(np.int8)
-    answer = (int(obs[:2].argmax()), {"bits": bits, "digits": (digits + [0, 1]) % [3, 2]})
+    answer = (int(obs[:2].argmax()), {"bits": bits, "digits": (digits + np.array([0, 1])) % [3, 2]})
     assert env.step(answer)[1] == pytest.approx((1 + 1 + 0.5) / 3)
 
 

@@ -1,4 +1,4 @@
-"""Losses and gradients of the policy-gradient agents against references written out by hand, from rollout to gradient."""
+"""Losses and gradients of the policy-gradient agents against references by hand, from rollout to gradient."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_ppo_visits_every_sample_once_in_each_epoch_in_a_new_order() -> None:
     agent._graph = lambda *part: seen.append(part[3].tolist()) or step(*part)
     r = rollout_of(agent, THREE)._replace(value=np.arange(T * N, dtype=np.float32).reshape(T, N))
     agent.update(r)
-    epochs = [sum(seen[k : k + 3], []) for k in (0, 3, 6)]
+    epochs = [[x for part in seen[k : k + 3] for x in part] for k in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(T * N)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and agent.updates == 9
 
@@ -365,8 +365,16 @@ def test_the_gradient_is_unbiased(baseline: str) -> None:
     arms = decision.action
     reward = (pay[arms] + np.random.default_rng(0).standard_normal(count)).astype(np.float32)[:, None]
     over = np.ones((count, 1), bool)
-    r = Rollout(obs[:, None], decision.sample[:, None], reward, over, ~over, over, decision.logp[:, None],
-                decision.value[:, None], obs[:0], obs[:1], decision._replace(value=np.zeros(1, np.float32)), ())  # fmt: skip
+    drawn = (
+        decision.sample[:, None],
+        reward,
+        over,
+        ~over,
+        over,
+        decision.logp[:, None],
+        decision.value[:, None],
+    )
+    r = Rollout(obs[:, None], *drawn, obs[:0], obs[:1], decision._replace(value=np.zeros(1, np.float32)), ())
     w, found = weights_of(agent), gradients(agent)
     agent.update(r)
     p, _ = reference(agent, torch.full((1, 3), 0.5), w)

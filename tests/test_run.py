@@ -146,11 +146,11 @@ WRONG = [
     (["ppo", "--env", UNBOUNDED, "--squash"], ["--squash needs bounds", "Box"]),
     (
         ["ppo", "--env", "CartPole-v1", "--preset", "none", "--batch", "100"],
-        ["--batch 100 must divide", "128 steps"],
+        ["--batch 100 must divide", "2048 steps"],
     ),
     (
-        ["ppo", "--env", "CartPole-v1", "--preset", "none", "--batch", "512"],
-        ["--batch 512 must divide", "128 steps"],
+        ["ppo", "--env", "CartPole-v1", "--preset", "none", "--batch", "4096"],
+        ["--batch 4096 must divide", "2048 steps"],
     ),
     (
         ["trpo", "--env", "CartPole-v1", "--preset", "none", "--batch", "4096"],
@@ -463,7 +463,7 @@ def test_nan_in_a_policy_ends_the_run_and_names_the_layer(
         return done
 
     monkeypatch.setattr(PolicyAgent, "update", poisoned)
-    words = [agent, "--env", "CartPole-v1", "--preset", "none", "--steps", "2000", "--no-video"]
+    words = [agent, "--env", "CartPole-v1", "--preset", "none", "--steps", "2100", "--no-video"]
     words += ["--hidden", "8", "8", "--run", str(tmp_path / "run")]
     assert guarded(run, words) == 1
     error = capsys.readouterr().err
@@ -488,7 +488,7 @@ def test_every_agent_runs_from_the_command_line_and_plays(
             "--no-video",
         ]
         small += ["--learning-starts", "100"] if name in ("dqn", "qtable") else []
-        small += ["--rollout", "64"] if name == "trpo" else []
+        small += ["--rollout", "64"] if name in ("trpo", "ppo") else []
         folder = tmp_path / name
         assert guarded(run, [name, "--env", env, *small, "--run", str(folder)]) == 0, name
         summary = json.loads((folder / "summary.json").read_text())

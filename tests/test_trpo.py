@@ -68,7 +68,7 @@ def test_conjugate_gradient_stops_in_time() -> None:
 
 @pytest.mark.parametrize("kind", SPACES)
 def test_fisher_product_equals_the_explicit_matrix(kind: str) -> None:
-    """Both J^T M J with M from the definition E[grad log p grad log p^T] or a Hessian, and the Hessian of the mean KL."""
+    """Both J^T M J of full Jacobians, M the Hessian of each state's KL, and the Hessian of the mean KL."""
     torch.manual_seed(0)
     distribution = of_space(SPACES[kind])
     width = distribution.parameters
@@ -166,7 +166,7 @@ def test_a_line_search_that_never_succeeds_restores_to_the_bit() -> None:
             return verdict
 
         asked.clear()
-        assert line_search(weights, step, judge, 0.0, 0.1, 0.5, 4) == (-1, 0.0)
+        assert line_search(weights, step, judge, 0.0, 0.1, 0.5, 4) == (-1, 0.0, 0.0)
         assert len(asked) == 4
         assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
     for k, tried in enumerate(asked):
@@ -177,7 +177,7 @@ def test_a_line_search_takes_the_longest_good_step() -> None:
     weights = [torch.zeros(1)]
     # improves everywhere, KL is the distance
     judge = lambda: (weights[0].item(), weights[0].item())  # noqa: E731
-    assert line_search(weights, torch.ones(1), judge, 0.0, 0.3, 0.5, 5) == (2, 0.25)
+    assert line_search(weights, torch.ones(1), judge, 0.0, 0.3, 0.5, 5) == (2, 0.25, 0.25)
     assert weights[0].item() == 0.25
 
 

@@ -56,7 +56,7 @@ POLICIES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     ),
     "ppo-cnn-pong": (
         "ppo", "ALE/Pong-v5", 160,
-        dict(rollout=10, batch=20, epochs=2, separate=False, clip_reward=True, net=LIGHT, env_config=EnvConfig(size=42)),
+        dict(rollout=10, batch=20, epochs=2, separate=False, net=LIGHT, env_config=EnvConfig(size=42)),
     ),
 }  # fmt: skip
 METRICS = {"loss": "loss/td", "q": "q/mean", "target": "q/target", "grad_norm": "train/grad_norm"}
