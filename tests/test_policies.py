@@ -60,7 +60,7 @@ def test_probe_values(name: str) -> None:
 def test_probe_policies(name: str, kind: str) -> None:
     env_id = f"chordate/{kind}-v0"
     knobs = {**QUICK[name], **PROBES.get(name, {}), "gamma": 0.9}
-    agent, watch = acted(name, env_id, 3_000, num_envs=16, **knobs)
+    agent, watch = acted(name, env_id, 4_000, num_envs=16, **knobs)
     assert greedy_return(agent, env_id) == 1.0
     assert np.mean([r for _, r, _ in watch.episodes[-100:]]) > 0.8  # and it is no longer drawing at random
 

@@ -146,11 +146,11 @@ WRONG = [
     (["ppo", "--env", UNBOUNDED, "--squash"], ["--squash needs bounds", "Box"]),
     (
         ["ppo", "--env", "CartPole-v1", "--preset", "none", "--batch", "100"],
-        ["--batch 100 must divide", "2048 steps"],
+        ["--batch 100 must divide", "--rollout 2048"],
     ),
     (
         ["ppo", "--env", "CartPole-v1", "--preset", "none", "--batch", "4096"],
-        ["--batch 4096 must divide", "2048 steps"],
+        ["--batch 4096 must divide", "--rollout 2048"],
     ),
     (
         ["trpo", "--env", "CartPole-v1", "--preset", "none", "--batch", "4096"],
@@ -163,7 +163,10 @@ WRONG = [
     (["trpo", "--env", "CartPole-v1", "--no-separate"], ["--no-separate", "trpo"]),
     (["reinforce", "--env", "CartPole-v1", "--no-separate"], ["--no-separate", "reinforce"]),
     (["a2c", "--env", "FrozenLake-v1", "--normalize-obs"], ["--normalize-obs", "vectors", "Discrete(16)"]),
-    (["ppo", "--env", "CartPole-v1", "--clip-steps", "9"], ["--clip-steps", "--clip-end"]),
+    (
+        ["ppo", "--env", "CartPole-v1", "--preset", "none", "--clip-steps", "9"],
+        ["--clip-steps", "--clip-end"],
+    ),
     (["ppo", "--env", "CartPole-v1", "--lr-steps", "9", "--preset", "none"], ["--lr-steps", "--lr-end"]),
     (
         ["reinforce", "--env", "CartPole-v1", "--baseline-rate", "0.3"],

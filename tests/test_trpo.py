@@ -183,13 +183,26 @@ def test_a_line_search_takes_the_longest_good_step() -> None:
 
 def test_a_full_step_has_the_kl_that_was_asked_for() -> None:
     """On a small trust region the quadratic holds: damping takes damping |step|^2 / 2 of it, the KL is the rest."""
-    agent = agent_on(spaces.Discrete(3), delta=2e-5, damping=1e-3, cg_steps=30)
-    before = flat(agent._weights).detach().clone()
-    said = agent._improve(samples_of(agent, 64, seed=1))
-    step = flat(agent._weights).detach() - before
-    rest = 2e-5 - 1e-3 * float(step @ step) / 2
-    assert said["policy/tries"] == 1 and 0.6e-5 < rest < 1.8e-5
-    assert float(said["policy/kl"]) == pytest.approx(rest, rel=0.05)
+    agent = agent_on(spaces.Discrete(3), delta=1e-6, damping=1e-3, cg_steps=30)
+    samples = samples_of(agent, 64, seed=1)
+    before, old = flat(agent._weights).detach().clone(), agent._parameters(samples.obs).detach()
+    assert agent._improve(samples)["policy/tries"] == 1
+    step, new = flat(agent._weights).detach() - before, agent._parameters(samples.obs).detach()
+    rest = 1e-6 - 1e-3 * float(step @ step) / 2
+    assert 3e-7 < rest < 9e-7
+    assert agent.distribution.kl(old.double(), new.double()).mean().item() == pytest.approx(rest, rel=0.03)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e6])
+def test_the_step_does_not_depend_on_the_scale_of_the_advantages(scale: float) -> None:
+    moves = []
+    for factor in (1.0, scale):
+        agent = agent_on(spaces.Discrete(3), normalize_advantage=False)
+        before, samples = flat(agent._weights).detach().clone(), samples_of(agent, 16, seed=2)
+        agent._improve(samples._replace(advantage=factor * samples.advantage))
+        moves.append(flat(agent._weights).detach() - before)
+    assert moves[0].norm() > 1e-3
+    torch.testing.assert_close(moves[0], moves[1], rtol=1e-2, atol=1e-5)
 
 
 def test_advantages_without_a_gradient_are_refused() -> None:
