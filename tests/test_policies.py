@@ -72,9 +72,9 @@ def test_probe_policies(name: str, kind: str) -> None:
         ("", 9.5),
         ("Box", -1.0),  # the middle of the box, whatever is shown: -3.3
         ("MultiDiscrete", 9.0),
-        ("MultiBinary", 9.0),
+        pytest.param("MultiBinary", 9.0, marks=pytest.mark.slow),
         ("Dict", 4.5),  # of 5
-        ("Tuple", 9.0),
+        pytest.param("Tuple", 9.0, marks=pytest.mark.slow),
     ],
 )
 def test_identity_in_every_action_space(name: str, kind: str, least: float) -> None:

@@ -113,7 +113,6 @@ NORMAL = dict(normalize_obs=True, normalize_reward=True)
     [
         ("CartPole-v1", dict(num_envs=1)),
         ("CartPole-v1", dict(num_envs=4, **NORMAL)),
-        ("CartPole-v1", dict(num_envs=4, vectorization="sync", checkpoint_every=40)),
         ("chordate/IdentityBox-v0", dict(num_envs=2, squash=True, spread="state", **NORMAL)),
         ("chordate/IdentityDict-v0", dict(num_envs=2, **NORMAL)),
         ("chordate/IdentityTuple-v0", dict(num_envs=3)),
