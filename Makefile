@@ -23,7 +23,7 @@ format: .venv/dev     ## rewrite files in the house style
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/bench    ## speed and memory against Stable-Baselines3 and skrl; leave the machine alone meanwhile
+bench: .venv/bench    ## speed and memory against Stable-Baselines3, sb3-contrib and skrl; leave the machine alone meanwhile
 	$(BIN)/python -m tests.bench $(ARGS)
 
 faults: .venv/dev     ## kill, damage and starve runs in every way; about a quarter of an hour
@@ -49,7 +49,7 @@ install: .venv/run    ## the packages a user needs
 	touch $@
 
 .venv/bench: .venv/dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e ".[dev,bench]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e ".[dev,bench,mujoco]"
 	touch $@
 
 clean:

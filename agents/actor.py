@@ -143,9 +143,8 @@ def orthogonal(module: nn.Module, gain: float) -> None:
     """
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            # torch fills only what lies in order, and images' weights lie channels last
-            drawn = nn.init.orthogonal_(torch.empty(layer.weight.shape), gain)
-            layer.weight.data.copy_(drawn)
+            plain = torch.empty(layer.weight.shape)  # it cannot fill a weight that lies channels-last
+            layer.weight.data.copy_(nn.init.orthogonal_(plain, gain))
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 

@@ -15,13 +15,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from agents.base import Agent, due
 from agents.watch import Watch
 from envs import Collector
-from replay import Decision, Ring, Rollouts, Update
-from replay.tree import filled, leaves
+from replay import Ring, Rollouts, Update
 
 PORTION = 16 << 20  # bytes of samples drawn at a time
 
@@ -64,37 +61,22 @@ def on_policy(
     that `commits` really takes its action (SARSA); the others decide anew by what they have learned.
     """
     num_envs, step = collector.env.num_envs, start
-    decision = carried(watch.carried, collector.env.single_action_space)  # a resumed run has chosen already
+    decision = watch.decision  # a resumed run has chosen already
     if decision is None:
         decision = agent.act(collector.obs, collector.first, agent.initial(num_envs), step)
-    watch.carried = luggage(decision)
+    watch.decision = decision
     while step < steps and not watch.stopping:
         collector.send(decision.action)
         memory.add(collector.recv(), decision)
         before, step = step, step + num_envs
         update, decision = None, agent.act(collector.obs, collector.first, decision.state, step)
         if memory.full:
-            update = agent.update(memory.take(collector.obs, decision))
+            update = agent.update(memory.take(collector.obs, decision, collector.first))
             if not agent.commits:
                 decision = agent.act(collector.obs, collector.first, decision.state, step)
-        watch.carried = luggage(decision)
+        watch.decision = decision
         watch.after(before, step, collector.episodes, update)
     return step
-
-
-def luggage(decision: Decision) -> dict[str, np.ndarray]:
-    """A decision as arrays by name, for a checkpoint."""
-    drawn = {"sample": decision.sample, "logp": decision.logp, "value": decision.value}
-    action = {f"action.{k}": leaf for k, (_, leaf) in enumerate(leaves(decision.action))}
-    return action | {name: array for name, array in drawn.items() if array is not None}
-
-
-def carried(arrays: dict[str, np.ndarray], space: Any) -> Decision | None:
-    """The decision that `luggage` packed; None: there was none."""
-    if not arrays:
-        return None
-    rows = (value for name, value in arrays.items() if name.startswith("action."))
-    return Decision(filled(space.sample(), rows), (), *map(arrays.get, ("sample", "logp", "value")))
 
 
 def portions(updates: int, batch: int, replay: Ring) -> Iterator[int]:

@@ -134,8 +134,10 @@ class PPO(PolicyAgent):
         """The samples in a new order, in parts of `batch`."""
         size, batch = len(samples.advantage), self.config.batch
         order = torch.from_numpy(self._order.permutation(size)).to(self.compute.device)
-        for rows in order.split(batch):
-            yield Samples(*(mapped(lambda leaf, rows=rows: leaf[rows], part) for part in samples))
+        mixed = Samples(*(mapped(lambda leaf: leaf.index_select(0, order), part) for part in samples))
+        for start in range(0, size, batch):
+            rows = slice(start, start + batch)
+            yield Samples(*(mapped(lambda leaf, rows=rows: leaf[rows], part) for part in mixed))
 
     def _step(self, *part: Any) -> dict[str, Tensor]:
         """One gradient step on a minibatch."""

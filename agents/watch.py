@@ -20,7 +20,8 @@ from agents.base import Agent, due
 from agents.evaluate import Evaluator, film
 from backbones.compute import ComputeConfig
 from envs import Collector, Episode
-from replay import Ring, Rollouts, Update
+from replay import Decision, Ring, Rollouts, Update
+from replay.rollout import pack, unpack
 from runs import Run, UserError
 from runs.config import RunFailed
 from runs.panel import Panel
@@ -78,7 +79,7 @@ class Watch:
     _logged: tuple[int, float] = (0, 0.0)
     _faults: int = 0  # of environments, before the run was resumed
     _told: int = 0  # faults of environments that were reported
-    carried: dict[str, np.ndarray] = field(default_factory=dict)  # what the loop keeps from step to step
+    decision: Decision | None = None  # what the loop has chosen for the next step
     saving: float = 0.0  # seconds spent on checkpoints
     saved: int | None = None  # step of the newest checkpoint
     _best: dict[str, Any] | None = None  # the best state, if the disk did not take it yet
@@ -247,8 +248,8 @@ class Watch:
         kept = {}
         if self.config.save_replay:
             kept["replay"] = self.replay.state_dict()
-        if self.carried:
-            kept["loop"] = self.carried
+        if self.decision is not None:
+            kept["loop"] = pack(self.decision)
         return {
             **state,
             "counters": {**state["counters"], **counters},
@@ -278,7 +279,8 @@ class Watch:
         elif not self.config.save_replay:
             self.panel.say("the replay was not saved: learning goes on when it is filled again")
         if rebuilt:
-            self.carried = dict(state.get("loop", {}))
+            like = self.collector.env.single_action_space.sample()
+            self.decision = unpack(state["loop"], like) if "loop" in state else None
         else:
             self.panel.say("the environments could not be rebuilt: their episodes restart")
         self.episodes, self.saving = counters["episodes"], counters["saving"]

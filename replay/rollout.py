@@ -66,8 +66,13 @@ class Rollouts:
         """Whether it is time to learn."""
         return len(self._steps) >= self.length
 
-    def take(self, last_obs: Any, last: Decision) -> Rollout:
-        """Give the steps away; `last` was decided on `last_obs` (N, *S), which the last step led to."""
+    def take(self, last_obs: Any, last: Decision, first: np.ndarray | None = None) -> Rollout:
+        """Give the steps away; `last` was decided on `last_obs` (N, *S), which the last step led to.
+
+        Where `first` (N,) says that an episode begins there though none ended, the one before was lost.
+        """
+        if first is not None:
+            self._seal(first)
         steps, self._steps = self._steps, []
         arrays = {name: _column(steps, name) for name in ARRAYS}
         at, of = np.nonzero(arrays["truncated"])
@@ -141,7 +146,7 @@ class Episodes(Rollouts):
         """Whether there are enough episodes."""
         return self._finished >= self.count
 
-    def take(self, last_obs: Any, last: Decision) -> Rollout:
+    def take(self, last_obs: Any, last: Decision, first: np.ndarray | None = None) -> Rollout:
         """Give the finished episodes away, and keep the others."""
         steps = self._steps
         ended = _column(steps, "terminated") | _column(steps, "truncated")  # (T, N)
@@ -173,6 +178,19 @@ class Episodes(Rollouts):
         """See `Rollouts.load_state_dict`."""
         super().load_state_dict(state)
         self._begin, self._finished = state.get("begin"), int(state["finished"])
+
+
+def pack(decision: Decision) -> dict[str, np.ndarray]:
+    """A decision as arrays by name, for a checkpoint."""
+    drawn = {"sample": decision.sample, "logp": decision.logp, "value": decision.value}
+    action = {f"action.{k}": leaf for k, (_, leaf) in enumerate(leaves(decision.action))}
+    return action | {name: array for name, array in drawn.items() if array is not None}
+
+
+def unpack(arrays: dict[str, np.ndarray], like: Any) -> Decision:
+    """The decision that `pack` packed; `like` is an action, for the shape of its tree."""
+    parts = (arrays[f"action.{k}"] for k, _ in enumerate(leaves(like)))
+    return Decision(filled(like, parts), (), *map(arrays.get, ("sample", "logp", "value")))
 
 
 def _column(steps: list[Step], name: str) -> np.ndarray:

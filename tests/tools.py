@@ -97,7 +97,7 @@ class Quiet:
 
     def __init__(self, between: Any = None) -> None:
         self.stopping, self.updates, self.episodes, self.between = False, [], [], between
-        self.carried: dict[str, np.ndarray] = {}
+        self.decision: Any = None
 
     def after(self, before: int, step: int, episodes: list[Any], update: Any) -> None:
         self.episodes += [(step, episode.return_, episode.length) for episode in episodes]

@@ -1,1 +1,1 @@
-"""Speed and memory against Stable-Baselines3: `python -m tests.bench [NAME ...] [--json FILE] [--quick]`."""
+"""Speed and memory against other libraries: `python -m tests.bench [NAME ...] [--json FILE] [--quick]`."""

@@ -25,6 +25,7 @@ from tests.bench.works import WORKS
 
 NAMES = (*WORKS, "memory", "saving", "ceiling")
 BYTES, FIRST_UPDATE = 7_300, 30.0  # promised: of a transition (so a million fit in 7.5 GB); seconds
+SHARE = 0.75  # promised: of the limit, on policy
 Found = dict[str, Any]
 
 
@@ -45,8 +46,7 @@ class Bench:
             sizes = [10_000] if self.quick else [100_000, 1_000_000]
             return {f"{size:,}": self.part("saving", name, size) for size in sizes}
         if name == "ceiling":
-            works = [each for each in names if each in WORKS] or list(WORKS)
-            works = [each for each in works if WORKS[each].agent == "dqn"]
+            works = [each for each in _works(names) if WORKS[each].agent != "qtable"]
             return {each: self.part("ceiling", each, 0.3 if self.quick else 1.5) for each in works}
         work = WORKS[name]
         seconds = 1.0 if self.quick else 8.0 if work.frame_skip > 1 else 5.0
@@ -54,10 +54,8 @@ class Bench:
         for _ in range(1 if self.quick else self.rounds):
             for side, rounds in found.items():
                 rounds.append(self.part(side, name, seconds))
-                steps, updates = rounds[-1]["steps"] - work.settings["learning_starts"], rounds[-1]["updates"]
-                slack = 2 * max(work.settings["updates"], work.num_envs * work.updates_per_step)
-                if abs(updates - steps * work.updates_per_step) > slack:
-                    raise RuntimeError(f"{name}, {side}: {updates} updates in {steps} steps are other work")
+                rounds[-1]["frames_per_second"] = rounds[-1]["steps_per_second"] * work.frame_skip
+                work.compare(name, side, rounds[-1])
         return found
 
     def part(self, side: str, name: str, amount: float) -> Found:
@@ -70,9 +68,18 @@ class Bench:
         if done.returncode:
             raise RuntimeError(f"{' '.join(words[2:5])} failed:\n{(done.stdout + done.stderr)[-3_000:]}")
         found = json.loads(file.read_text(encoding="utf-8"))
-        rate = f"{found['steps_per_second']:,.0f} steps/s" if "steps_per_second" in found else "done"
+        rate = _speed(found["steps_per_second"], WORKS[name]) if "steps_per_second" in found else "done"
         self.console.print(f"{name}: {side} {rate}", style="dim", highlight=False)
         return found
+
+
+def _works(names: list[str]) -> list[str]:
+    """The comparisons that are asked for; the ceiling alone is that of all."""
+    return [name for name in names if name in WORKS] or (list(WORKS) if "ceiling" in names else [])
+
+
+def _speed(rate: float, work: Any) -> str:
+    return f"{rate:,.0f} steps/s, {rate * work.frame_skip:,.0f} frames/s"
 
 
 def table(results: dict[str, Found], title: str) -> Table:
@@ -86,7 +93,8 @@ def table(results: dict[str, Found], title: str) -> Table:
     for name, found in races.items():
         grid.add_row(name, *_race(name, found, results.get("ceiling", {}).get(name)))
     for name, found in races.items():
-        if WORKS[name].frame_skip > 1:  # Atari; the first round compiles everything anew
+        # DQN on Atari; the first round compiles everything anew
+        if WORKS[name].frame_skip > 1 and not WORKS[name].on_policy:
             worst = max(one["seconds_to_first_update"] for one in found["ours"])
             target = _target(f"<= {FIRST_UPDATE:g} s", worst <= FIRST_UPDATE)
             grid.add_row(f"{name}\nfirst update", f"{worst:.1f} s", "", "", target)
@@ -111,9 +119,16 @@ def _race(name: str, found: Found, limit: Found | None) -> list[str]:
     work, rates = WORKS[name], {k: [one["steps_per_second"] for one in v] for k, v in found.items()}
     own, best = rates["ours"], max(work.peers, key=lambda side: median(rates[side]))
     ratio, each = median(own) / median(rates[best]), [a / b for a, b in zip(own, rates[best], strict=True)]
-    share = f"{median(own) / limit['limit_steps_per_second']:.0%}" if limit else ""
     peer, cell = f"{_rates(rates[best], work)}\n{best}", f"{ratio:.2f}\n{min(each):.2f}-{max(each):.2f}"
-    return [_rates(own, work), peer, cell, _target(f">= {work.target:g}", ratio >= work.target), share]
+    target = _target(f">= {work.target:g}", ratio >= work.target)
+    return [_rates(own, work), peer, cell, target, _share(median(own), limit, work) if limit else ""]
+
+
+def _share(rate: float, limit: Found, work: Any) -> str:
+    """How much of the limit was reached."""
+    most = limit["limit_steps_per_second"]
+    text = f"{rate / most:.0%} of\n{_speed(most, work)}".replace(", ", "\n", 1)
+    return f"{text}\n{_target(f'>= {SHARE:.0%}', rate / most >= SHARE)}" if work.on_policy else text
 
 
 def _rates(rates: list[float], work: Any) -> str:
@@ -131,8 +146,12 @@ def _notes(results: dict[str, Found]) -> list[str]:
         f"{name}, {side}: {v[0]['compute']}" for name, found in races.items() for side, v in found.items()
     ]
     for name, one in results.get("ceiling", {}).items():
-        rates = [f"{k.replace('_per_second', '/s').replace('_', ' ')} {v:,.0f}" for k, v in one.items()]
-        lines.append(f"{name}, each alone: {', '.join(rates)}")
+        rates = [
+            f"{key.split('_')[0]} "
+            + (_speed(rate, WORKS[name]) if "_steps_" in key else f"{rate:,.0f} samples/s")
+            for key, rate in one.items()
+        ]
+        lines.append(f"{name}, each alone: {'; '.join(rates)}")
     return lines
 
 
@@ -149,23 +168,20 @@ def main(arguments: list[str]) -> int:
     names = list(dict.fromkeys(given.get("names") or NAMES))
     for name in names:
         pick("benchmark", name, dict.fromkeys(NAMES))
-    tables = {name for name in names if name in WORKS and WORKS[name].agent == "qtable"}
-    needed = [
-        "psutil",
-        *(["skrl"] if tables else []),
-        *(["stable_baselines3", "cv2"] if set(names) - tables else []),
-    ]
+    works = [WORKS[name] for name in _works(names)]
+    rivals = sorted({work.rival for work in works})
+    needed = ["psutil", *rivals, *sorted({need for work in works for need in work.needs})]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f'the benchmarks need {", ".join(missing)}: pip install "chordate[bench]"')
+        raise UserError(f'the benchmarks need {", ".join(missing)}: pip install "chordate[bench,mujoco]"')
     console, facts = Console(), origin()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(folder, given["quick"], max(given.get("rounds", 3), 1), console)
         results = {name: bench.measure(name, names) for name in names}
-    rivals = [name for name in ("stable-baselines3", "skrl") if name.replace("-", "_") in needed]
-    machine, peer = facts["machine"], ", ".join(f"{name} {metadata.version(name)}" for name in rivals)
-    where = f"{machine['cpu']}, {machine['cores']} cores, torch {facts['versions']['torch']}"
-    console.print(table(results, f"{peer}, {where}\ncommit {facts['commit']}{', QUICK' * given['quick']}"))
+    machine, versions = facts["machine"], [f"{name} {metadata.version(name)}" for name in rivals]
+    where = [*versions, machine["cpu"], f"{machine['cores']} cores", f"torch {facts['versions']['torch']}"]
+    title = f"{', '.join(where)}\ncommit {facts['commit']}{', QUICK' * given['quick']}"
+    console.print(table(results, title))
     console.print(*_notes(results), sep="\n", highlight=False, soft_wrap=True)
     if "json" in given:
         text = json.dumps({**facts, "quick": given["quick"], "results": results}, indent=1)

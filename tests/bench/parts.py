@@ -5,6 +5,8 @@ Rates are of whole training steps (acting, emulation, replay, updates, logging),
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import math
 import shutil
@@ -13,37 +15,39 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import torch
 from gymnasium import spaces
 
 import envs
 from agents import AGENTS, load
-from agents.dqn import DQN
-from agents.training import parts, resolve, train
+from agents.training import WIDE, parts, train
 from agents.watch import WARM_UPDATES
-from backbones.compute import choose
-from replay import Batch, Transition, Update
+from backbones.compute import choose, guarded_compile, to_device
+from replay import Transition, Update
 from replay.ring import FINAL, Ring
 from runs import Run
-from tests.bench.works import WORKS, Work
+from tests.bench.works import PLAIN, WORKS, Work
 
 
 def timed(kind: type[Any], seconds: float) -> type[Any]:
     """The agent, asking its run to stop, as Ctrl-C does, `seconds` after it is warm."""
 
     class Timed(kind):
-        _end = math.inf
+        _deadline = math.inf
 
-        def update(self, batch: Batch, steps: int = 1) -> Update:
+        def update(self, batch: Any, steps: int = 1) -> Update:
+            before = self.updates
             done, now = super().update(batch, steps), time.perf_counter()
-            if self.updates >= WARM_UPDATES > self.updates - steps:
-                self._end = now + seconds
-            elif now >= self._end:
-                self._end = math.inf
+            if before < WARM_UPDATES <= self.updates:
+                self._deadline = now + seconds
+            elif now >= self._deadline:
+                self._deadline = math.inf
                 signal.raise_signal(signal.SIGTERM)
             return done
 
@@ -69,11 +73,14 @@ def ours(work: Work, seconds: float) -> dict[str, Any]:
     }
 
 
+def plain(work: Work, seconds: float) -> dict[str, Any]:
+    """Ours, without the parts of DQN."""
+    return ours(replace(work, settings=work.settings | PLAIN), seconds)
+
+
 def peer(work: Work, seconds: float, vectorization: str) -> dict[str, Any]:
     """The same by Stable-Baselines3, with its own Atari wrappers, and CSV and TensorBoard logs as ours."""
-    import torch
-    from stable_baselines3 import DQN as Peer  # type: ignore[import-not-found]  # comes with the extra "bench"
-    from stable_baselines3.common import env_util, logger, vec_env  # type: ignore[import-not-found]  # likewise
+    from stable_baselines3.common import env_util, logger, vec_env  # type: ignore[import-not-found]  # of "bench"
 
     torch.set_num_threads(work.threads or torch.get_num_threads())
     policy, copies = (
@@ -89,15 +96,21 @@ def peer(work: Work, seconds: float, vectorization: str) -> dict[str, Any]:
     marks: list[
         tuple[float, int, int]
     ] = []  # (time, steps, updates) at the first step after a round of updates
+    updates = 0
+
+    def count(*_: Any) -> None:
+        nonlocal updates
+        updates += 1
 
     def clock(local: dict[str, Any], _: Any) -> bool:
-        model = local["self"]
-        if model._n_updates >= WARM_UPDATES and (not marks or model._n_updates > marks[-1][2]):
-            marks.append((time.perf_counter(), model.num_timesteps, model._n_updates))
+        if updates >= WARM_UPDATES and (not marks or updates > marks[-1][2]):
+            marks.append((time.perf_counter(), local["self"].num_timesteps, updates))
         return not marks or marks[-1][0] - marks[0][0] < seconds
 
+    kind = getattr(importlib.import_module(work.rival), work.agent.upper())
     with tempfile.TemporaryDirectory() as folder:
-        model = Peer(policy, env, seed=0, device="cpu", **work.peer())
+        model = kind(policy, env, seed=0, device="cpu", **work.peer())
+        model.policy.optimizer.register_step_post_hook(count)  # its own counts are of epochs or rollouts
         model.set_logger(logger.configure(folder, ["csv", "tensorboard"]))
         model.learn(work.settings["steps"], callback=clock)
         env.close()
@@ -105,7 +118,7 @@ def peer(work: Work, seconds: float, vectorization: str) -> dict[str, Any]:
     return {
         "steps_per_second": (last - first) / (ended - begun),
         "steps": model.num_timesteps,
-        "updates": model._n_updates,
+        "updates": updates,
         "compute": f"cpu, torch threads {torch.get_num_threads()}, fp32, eager update",
     }
 
@@ -116,7 +129,6 @@ def skrl(work: Work, seconds: float, vectorization: str) -> dict[str, Any]:
     It learns from the newest step of every environment, without replay: as many samples as ours, cheaper to get.
     """
     import gymnasium
-    import torch
     from skrl.agents.torch.q_learning import Q_LEARNING  # type: ignore[import-not-found]  # of the extra "bench"
     from skrl.envs.wrappers.torch import wrap_env  # type: ignore[import-not-found]  # likewise
     from skrl.models.torch import Model, TabularMixin  # type: ignore[import-not-found]  # likewise
@@ -235,31 +247,91 @@ def saving(capacity: int, every: int = 100_000) -> dict[str, Any]:
 
 
 def ceiling(work: Work, seconds: float) -> dict[str, Any]:
-    """Each part alone, computing as the run chooses to, and the rate if there were nothing else, in sequence."""
-    run, config, net, env_config, compute_config = parts(
-        resolve("dqn", work.settings | {"env": work.env}, {}, "none")
-    )
-    env, agent = envs.make(work.env, run.num_envs, 0, env_config), DQN(config, backbone=run.backbone, net=net)
-    updates = int((run.steps - config.learning_starts) * work.updates_per_step)
-    compute = choose(compute_config, image=run.backbone != "mlp", updates=updates, say=print)
-    seen, acted, rng = env.single_observation_space, env.single_action_space, np.random.default_rng(0)
+    """Each part alone, computing as the run chooses to, and the rate if there were nothing else, in sequence.
+
+    Off policy the parts are emulation, acting and the update; on policy emulation and the passes of the network.
+    """
+    run, config, net, env_config, compute_config = parts(work.whole)
+    env = envs.make(work.env, run.num_envs, 0, env_config)
+    agent = load(work.agent)(config, backbone=run.backbone, net=net)
+    image, wide = run.backbone != "mlp", max(net.get("hidden", (WIDE,))) >= WIDE
+    updates = config.rounds(run.steps, run.num_envs)
+    compute = choose(compute_config, image=image, wide=wide, updates=updates, say=print)
+    seen, acted = env.single_observation_space, env.single_action_space
     agent.build(seen, acted, compute, np.random.SeedSequence(0))
-    ring = Ring(1_000, run.num_envs, seen, acted, stack=envs.frame_stack(env), rng=rng)
-    collector = envs.Collector(env, 0)
+    actions = itertools.cycle([env.action_space.sample() for _ in range(64)])
+    if agent.loop == "off_policy":
+        acting, learning = _off_policy(agent, env, work, seconds)
+    else:
+        acting, learning = _on_policy(agent, env, seconds)
+    rates = {
+        "emulation_steps": run.num_envs * _rate(lambda: env.step(next(actions)), seconds),
+        "acting_steps": run.num_envs * acting,
+        **{f"{name}_samples": rate for name, (rate, _) in learning.items()},
+    }
+    spent = 1 / rates["emulation_steps"] + 1 / rates["acting_steps"]
+    spent += sum(samples / rate for rate, samples in learning.values())
+    return {f"{name}_per_second": rate for name, rate in (rates | {"limit_steps": 1 / spent}).items()}
+
+
+Learning = dict[str, tuple[float, float]]  # name -> (samples per second, samples per agent step)
+
+
+def _off_policy(agent: Any, env: Any, work: Work, seconds: float) -> tuple[float, Learning]:
+    """Rates of acting and of the update, all of it."""
+    rng, collector, batch = np.random.default_rng(0), envs.Collector(env, 0), agent.config.batch
+    seen, acted = env.single_observation_space, env.single_action_space
+    ring = Ring(1_000, env.num_envs, seen, acted, stack=envs.frame_stack(env), rng=rng)
     for _ in range(50):
         collector.send(env.action_space.sample())
         ring.add(collector.recv())
-    obs, first, batch = collector.obs, collector.first, ring.sample(config.batch)
-    actions = [env.action_space.sample() for _ in range(64)]
-    emulation = run.num_envs * _rate(lambda: env.step(actions[rng.integers(64)]), seconds)
-    acting = run.num_envs * _rate(lambda: agent.act(obs, first, (), run.steps), seconds)
-    learning = _rate(lambda: agent.update(batch), 2 * seconds)
-    return {
-        "emulation_steps_per_second": emulation,
-        "acting_steps_per_second": acting,
-        "update_samples_per_second": learning * config.batch,
-        "limit_steps_per_second": 1 / (1 / emulation + 1 / acting + work.updates_per_step / learning),
-    }
+    samples, steps = ring.sample(batch), work.settings["steps"]
+    acting = _rate(lambda: agent.act(collector.obs, collector.first, (), steps), seconds)
+    learning = batch * _rate(lambda: agent.update(samples), 2 * seconds)
+    return acting, {"update": (learning, batch * work.updates_per_step)}
+
+
+def _on_policy(agent: Any, env: Any, seconds: float) -> tuple[float, Learning]:
+    """Rates of the network forward for acting, and forward and backward for learning."""
+    obs, _ = env.reset(seed=0)
+    acting, learning = _rate(lambda: agent.values(obs), seconds), {}
+    for name, size, times in passes(agent.name, agent.config, len(obs)):
+        one = Pass(agent, name, np.resize(obs, (size, *obs.shape[1:])))
+        learning[name] = size * _rate(one, seconds), times
+    return acting, learning
+
+
+def passes(agent: str, config: Any, num_envs: int) -> list[tuple[str, int, int]]:
+    """What an update runs forward and backward: (part of the net, samples at a time, times each sample)."""
+    rollout = config.rollout * num_envs
+    if agent == "trpo":
+        # the gradient and the products with the Fisher matrix, one more for the length; each is no less than a pass
+        return [("policy", rollout, config.cg_steps + 2), ("critic", config.batch, config.epochs)]
+    return [("network", config.batch, config.epochs) if agent == "ppo" else ("network", rollout, 1)]
+
+
+class Pass:
+    """Part of the network forward and backward, compiled if updates are; without a loss and an optimiser."""
+
+    def __init__(self, agent: Any, name: str, obs: np.ndarray) -> None:
+        model, self.compute = agent.model, agent.compute
+        self.outputs, modules = {
+            "network": (model, [model]),
+            "policy": (lambda x: [model.policy(model.backbone(x)[0])], [model.backbone, model.policy]),
+            "critic": (lambda x: [model.value(model.critic(x)[0])], [model.critic, model.value]),
+        }[name]
+        self.weights = [weight for module in modules for weight in module.parameters()]
+        self.obs = to_device(obs, self.compute.device)
+        self.compute.learning()
+        self.run = guarded_compile(self.gradients, print) if self.compute.compile else self.gradients
+
+    def __call__(self) -> Any:
+        return self.run(self.obs)
+
+    def gradients(self, obs: Any) -> Any:
+        with self.compute.autocast():
+            outputs = self.outputs(obs)
+        return torch.autograd.grad(sum(output.square().mean() for output in outputs), self.weights)
 
 
 def _rate(call: Callable[[], Any], seconds: float) -> float:
@@ -274,7 +346,7 @@ def _rate(call: Callable[[], Any], seconds: float) -> float:
 
 def main(side: str, name: str, amount: str, file: str) -> None:
     """Measure and write."""
-    alone, sizes = {"ours": ours, "ceiling": ceiling}, {"memory": memory, "saving": saving}
+    alone, sizes = {"ours": ours, "plain": plain, "ceiling": ceiling}, {"memory": memory, "saving": saving}
     if side in sizes:
         found = sizes[side](int(amount))
     else:
