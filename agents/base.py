@@ -10,8 +10,10 @@ from gymnasium import spaces
 from torch import Tensor
 
 import backbones
+from agents.distributions import of_space
 from backbones.compute import Compute
 from replay import Decision, Update
+from runs.config import UserError
 
 State = tuple[Any, ...]
 
@@ -87,6 +89,18 @@ class Agent(Protocol):
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Take back what `state_dict` gave."""
         ...
+
+
+def numbered(agent: str, space: spaces.Space[Any]) -> spaces.Discrete:
+    """The action space, if its actions are numbered. Raises: UserError that names the agents which can drive it."""
+    if isinstance(space, spaces.Discrete):
+        return space
+    try:
+        of_space(space)
+        others = "reinforce, a2c, trpo and ppo do drive that"
+    except UserError as error:
+        others = str(error)
+    raise UserError(f"{agent} drives Discrete actions, this environment has {space}; {others}")
 
 
 def default_backbone(allowed: tuple[str, ...], space: spaces.Space[Any]) -> str:

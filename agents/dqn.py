@@ -47,7 +47,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 import backbones
-from agents.base import State, epsilon_greedy, falling_epsilon
+from agents.base import State, epsilon_greedy, falling_epsilon, numbered
 from agents.distributions import masked
 from agents.heads import DUELING, NOISY, QHead
 from agents.optimizers import Adam
@@ -275,12 +275,9 @@ class DQN:
         say: Callable[[str], None] = print,
     ) -> None:
         """Make online and target nets and the optimiser; see `Agent.build`."""
-        if not isinstance(action_space, spaces.Discrete):
-            raise UserError(
-                f"dqn drives Discrete actions, this environment has {action_space}; no agent for it is here yet"
-            )
+        actions = numbered(self.name, action_space)
         self.compute = compute
-        self.actions, self._start = int(action_space.n), int(action_space.start)
+        self.actions, self._start = int(actions.n), int(actions.start)
         self._masked = is_masked(observation_space)
         config = self.config
         weights, exploration, noise, coin = seed.spawn(4)

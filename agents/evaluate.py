@@ -18,6 +18,7 @@ import numpy as np
 import envs
 from agents.base import Agent
 from envs import Collector, EnvConfig, Episode
+from replay.tree import mapped
 from runs.config import Parser
 
 MOST_ENVS = 16  # stepped at once
@@ -109,7 +110,8 @@ def shots(
             decision = agent.greedy(view.obs, view.first, state)
             state = decision.state
             reward, ended = view.step(decision.action)
-            yield Shot(frame, values, probabilities, decision.action[0], reward)
+            action = mapped(lambda leaf: leaf[0], decision.action)
+            yield Shot(frame, values, probabilities, action, reward)
             if ended:
                 return
     finally:

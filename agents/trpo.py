@@ -77,12 +77,13 @@ def surrogate(logp: Tensor, old_logp: Tensor, advantage: Tensor) -> Tensor:
 def conjugate_gradient(product: Callable[[Tensor], Tensor], g: Tensor, steps: int) -> Tensor:
     """x with A x = g for a symmetric positive definite A, given v -> A v. Shapes: (D,).
 
-    Source: Hestenes and Stiefel 1952; ends early where the residual is nearly zero.
+    Source: Hestenes and Stiefel 1952; ends early where the residual is nearly zero beside g.
     """
     x, residual = torch.zeros_like(g), g.clone()
     direction, size = residual.clone(), residual @ residual
+    enough = 1e-10 * float(size)
     for _ in range(steps):
-        if float(size) < 1e-10:
+        if float(size) <= enough:
             break
         image = product(direction)
         length = size / (direction @ image)
@@ -203,7 +204,7 @@ class TRPO(PolicyAgent):
         g = flat(torch.autograd.grad(before, weights, retain_graph=True))
         fisher = Fisher(self.distribution, p, weights, config.damping)
         x = conjugate_gradient(fisher, g, config.cg_steps)
-        step = (2 * config.delta / (x @ fisher(x)).clamp(min=1e-12)).sqrt() * x
+        step = (2 * config.delta / (x @ fisher(x)).clamp(min=torch.finfo(x.dtype).tiny)).sqrt() * x
         good = bool(torch.isfinite(step).all()) and bool(g.any())
         k, after, kl = -1, float(before.detach()), 0.0
         if good:

@@ -11,13 +11,13 @@ import numpy as np
 from gymnasium import spaces
 from torch import Tensor
 
-from agents.base import State, epsilon_greedy
+from agents.base import State, epsilon_greedy, numbered
 from agents.distributions import NEVER
 from backbones.base import Backbone
 from backbones.compute import Compute
 from envs.mask import MASK, is_masked
 from replay import Decision
-from runs.config import UserError, check
+from runs.config import check
 
 
 class Holder(Protocol):
@@ -103,9 +103,8 @@ class EpsilonGreedy(ABC):
         say: Callable[[str], None] = print,
     ) -> None:
         """See `Agent.build`."""
-        if not isinstance(action_space, spaces.Discrete):
-            raise UserError(f"{self.name} drives Discrete actions, this environment has {action_space}")
-        self.actions, self._start = int(action_space.n), int(action_space.start)
+        actions = numbered(self.name, action_space)
+        self.actions, self._start = int(actions.n), int(actions.start)
         self._masked = is_masked(observation_space)
         weights, exploration = seed.spawn(2)
         self._rng = np.random.default_rng(exploration)

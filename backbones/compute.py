@@ -103,9 +103,11 @@ def choose(
 
 
 def to_device(part: Any, device: str) -> Any:
-    """Arrays and tensors (or dicts of them) on the device, without a copy on the CPU."""
+    """Arrays and tensors (or dicts and tuples of them) on the device, without a copy on the CPU."""
     if isinstance(part, dict):
         return {name: to_device(leaf, device) for name, leaf in part.items()}
+    if isinstance(part, tuple):
+        return tuple(to_device(leaf, device) for leaf in part)
     return torch.as_tensor(part).to(device, non_blocking=True)
 
 

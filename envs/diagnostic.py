@@ -5,13 +5,17 @@ Source: probe environments, Andy Jones 2021, "Debugging RL, without the agonizin
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium import spaces
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+
+from replay.tree import leaves, mapped
 
 Step = tuple[Any, float, bool, bool, dict[str, Any]]
 PROBES = ("constant", "predict", "delay", "action", "match")
@@ -187,35 +191,56 @@ class Clock(gymnasium.Env):
         return np.array([0.0 if self.blind else self._time / self.length], np.float32)
 
 
-class Identity(gymnasium.Env):
-    """Say what you see, for ten steps: reward 1 for the right action, or minus the mean squared distance."""
+ANSWERS: dict[str, spaces.Space[Any]] = {
+    "Discrete": Discrete(4),
+    "Box": _box(-1, 1, 2),
+    "MultiDiscrete": spaces.MultiDiscrete([2, 3, 4]),
+    "MultiBinary": spaces.MultiBinary(3),
+    "Dict": spaces.Dict(move=Discrete(3), push=_box(-1, 1, 1)),
+    "Tuple": spaces.Tuple(
+        (Discrete(2), spaces.Dict(bits=spaces.MultiBinary(2), digits=spaces.MultiDiscrete([3, 2])))
+    ),
+}
 
-    def __init__(self, size: int = 4, continuous: bool = False) -> None:
-        """Choose the number of actions (the dimension if continuous)."""
-        self.size, self.continuous = size, continuous
-        self.observation_space = _box(-1, 1, size) if continuous else _box(0, 1, size)
-        self.action_space = _box(-1, 1, size) if continuous else Discrete(size)
-        self._shown, self._time = np.zeros(size, np.float32), 0
+
+class Identity(gymnasium.Env):
+    """Say what you see, for ten steps: an action is shown, whole numbers as one of n.
+
+    The reward is the share of it that is right, or minus the mean squared distance where it is a Box; the mean over
+    the parts of a Dict or Tuple.
+    """
+
+    def __init__(self, kind: str = "Discrete") -> None:
+        """Choose the space of the action, one of `ANSWERS`."""
+        answers = ANSWERS[_one_of("kind", kind, tuple(ANSWERS))]
+        # one to draw from beside the one that others sample
+        self.action_space, self._drawn = copy.deepcopy(answers), copy.deepcopy(answers)
+        self.observation_space = _box(-1, 1, spaces.flatdim(self.action_space))
+        self._shown, self._time = self._drawn.sample(), 0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         """Show something."""
         super().reset(seed=seed)
+        if seed is not None:
+            self._drawn.seed(int(self.np_random.integers(2**31)))
         self._time = 0
         return self._show(), {}
 
     def step(self, action: Any) -> Step:
         """Reward the answer, show something else."""
         self._time += 1
-        miss = float(np.mean((np.asarray(action, np.float64) - self._shown) ** 2)) if self.continuous else 0.0
-        reward = -miss if self.continuous else float(self._shown[int(action)])
-        return self._show(), reward, self._time >= 10, False, {}
+        scores = [score for _, score in leaves(mapped(_score, self._shown, action))]
+        return self._show(), float(np.mean(scores)), self._time >= 10, False, {}
 
     def _show(self) -> np.ndarray:
-        if self.continuous:
-            self._shown = self.np_random.uniform(-1, 1, self.size).astype(np.float32)
-        else:
-            self._shown = np.eye(self.size, dtype=np.float32)[self.np_random.integers(self.size)]
-        return self._shown.copy()
+        self._shown = self._drawn.sample()
+        return np.asarray(spaces.flatten(self._drawn, self._shown), np.float32)
+
+
+def _score(shown: Any, answer: Any) -> float:
+    if np.asarray(shown).dtype.kind == "f":
+        return -float(np.mean((np.asarray(answer, np.float64) - shown) ** 2))
+    return float(np.mean(answer == shown))
 
 
 class DelayedChain(gymnasium.Env):
@@ -282,7 +307,7 @@ ENVS: dict[str, tuple[type[gymnasium.Env], dict[str, Any]]] = {
     "Truncation": (Clock, {"end": "truncation"}),
     "Termination": (Clock, {"end": "termination"}),
     "Identity": (Identity, {}),
-    "IdentityBox": (Identity, {"size": 2, "continuous": True}),
+    **{f"Identity{kind}": (Identity, {"kind": kind}) for kind in ANSWERS if kind != "Discrete"},
     "DelayedChain": (DelayedChain, {}),
     "Memory": (Memory, {}),
 }

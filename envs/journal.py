@@ -133,7 +133,8 @@ class Journal:
     def state_dict(self) -> dict[str, np.ndarray]:
         """The journal, its actions cut to what is needed."""
         needed = max(int(self._length.max()), 1)
-        past = {".".join(map(str, ("journal", *path))): leaf[:needed] for path, leaf in leaves(self._past)}
+        leaf_of = zip(self._names(), leaves(self._past), strict=True)
+        past = {name: leaf[:needed] for name, (_, leaf) in leaf_of}
         return {
             "seeds": self._seeds,
             "restarts": self._restarts,
@@ -149,11 +150,16 @@ class Journal:
             (self._length, "journal_length"),
         ):
             own[...] = state[name]
-        names = (".".join(map(str, ("journal", *path))) for path, _ in leaves(self._past))
-        self._past = filled(self._past, (np.array(state[name]) for name in names))
+        self._past = filled(self._past, (np.array(state[name]) for name in self._names()))
         self._room = len(next(leaf for _, leaf in leaves(self._past)))
         self._most = int(self._length.max())
         return self._rebuild()
+
+    def _names(self) -> list[str]:
+        """Of the arrays of actions; by number, as the keys of a Dict space may hold any character."""
+        if isinstance(self._past, np.ndarray):
+            return ["journal"]
+        return [f"journal.{k}" for k, _ in enumerate(leaves(self._past))]
 
     def _rebuild(self) -> Any:
         """Steps all envs together, each from its own seeded reset on, so that all arrive at once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import batch_space
 
 from envs import Collector, EnvConfig, make
+from replay.tree import leaves, mapped
 from replay.types import Transition
+from runs import checkpoint
 from runs.config import UserError
 
 
@@ -248,6 +252,90 @@ def test_numbers_that_are_not_finite_are_named(bad: str, step: int, value: float
         for _ in range(6):
             collector.send(np.array([3, 3]))
             collector.recv()
+
+
+KINDS = ("Box", "MultiDiscrete", "MultiBinary", "Dict", "Tuple")
+
+
+def answered(collector: Collector, draw: Any, steps: int) -> list:
+    """What a collector gives for random actions of any space."""
+    found: list = []
+    for _ in range(steps):
+        collector.send(draw.sample())
+        found += [collector.recv(), list(collector.episodes)]
+    return found
+
+
+def flat(steps: list) -> list:
+    return [np.asarray(leaf).tolist() for step in steps for part in step for _, leaf in leaves(part)]
+
+
+@pytest.mark.parametrize(("kind", "vectorization"), [*((kind, "sync") for kind in KINDS), ("Tuple", "async")])
+def test_actions_of_every_space_are_taken_and_replayed(kind: str, vectorization: str) -> None:
+    """A journal goes back to the bit, with fresh seeds on the way (every 15 steps) and without."""
+    for every in [15, 10_000] if vectorization == "sync" else [15]:
+        env_id = f"chordate/Identity{kind}-v0"
+        ones = [make(env_id, 2, 0, vectorization=vectorization) for _ in range(2)]
+        collector, other = (Collector(env, 3, resumable=True, every=every) for env in ones)
+        draw = batch_space(ones[0].single_action_space, 2)
+        draw.seed(0)
+        steps = answered(collector, draw, 33)
+        assert all(step.reward.shape == (2,) for step in steps[::2])
+        sent = mapped(np.array, draw.sample())
+        state = {name: np.array(value) for name, value in collector.state_dict().items()}
+        answered(other, draw, 4)  # whatever it did before
+        assert other.load_state_dict(state)
+        found = []
+        for each in (collector, other):
+            draw.seed(7)
+            each.send(sent)
+            found.append([each.recv(), *answered(each, draw, 24)])
+            each.close()
+        assert flat(found[0]) == flat(found[1])
+
+
+def test_a_bad_part_of_an_action_is_named() -> None:
+    collector = Collector(make("chordate/IdentityDict-v0", 2), 0)
+    good = {"move": np.array([0, 2]), "push": np.zeros((2, 1), np.float32)}
+    for bad, message in [
+        ({**good, "move": np.array([0, 3])}, r"part \('move',\) of action must be 2 of Discrete\(3\)"),
+        ({**good, "push": np.full((2, 1), np.nan, np.float32)}, r"part \('push',\)"),
+        ({**good, "move": np.array([0])}, r"part \('move',\) of action must be 2 of"),
+        ({"move": good["move"]}, "must have the parts"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            collector.send(bad)
+    collector.send(good)
+    good["move"][:] = 1
+    assert collector.recv().action["move"].tolist() == [0, 2]  # its own copy
+
+
+class Curious(gymnasium.Env):
+    """Actions by names that are no file names."""
+
+    observation_space = Box(-9, 9, (1,), np.float32)
+    action_space = Dict({"left arm/x": Discrete(2), "..": Box(-1, 1, (2,), np.float32)})
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        return np.float32([action["left arm/x"]]), 0.0, False, False, {}
+
+
+def test_odd_names_of_actions_can_be_saved(tmp_path: Path) -> None:
+    def made() -> Collector:
+        env = SyncVectorEnv([Curious] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+        return Collector(env, 0, resumable=True)
+
+    collector, other = made(), made()
+    for value in (0, 1):
+        collector.send({"..": np.zeros((2, 2), np.float32), "left arm/x": np.array([value, 0])})
+        collector.recv()
+    checkpoint.save(tmp_path / "1", 1, {"envs": collector.state_dict()})
+    assert other.load_state_dict(checkpoint.load(tmp_path / "1")["envs"])
+    assert other.obs.tolist() == [[1], [0]]
 
 
 def test_other_autoreset_modes_are_refused() -> None:

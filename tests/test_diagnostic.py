@@ -76,9 +76,48 @@ def test_identity_rewards_the_answer() -> None:
         obs, reward, *_ = env.step(int(obs.argmax()))
         assert reward == 1
     assert env.step(int(1 - obs.argmax()) % 4)[1:4] == (0.0, True, False)
-    env = Identity(size=2, continuous=True)
+    env = Identity("Box")
     obs, _ = env.reset(seed=0)
-    assert env.step(obs)[1] == 0 and env.step(np.array([1.0, 1.0], np.float32))[1] < 0
+    obs, reward, *_ = env.step(obs)
+    assert reward == 0 and env.step(obs + np.float32([0.3, 0.1]))[1] == pytest.approx(
+        -0.05
+    )  # (.09 + .01) / 2
+
+
+def test_identity_shows_and_rewards_each_part() -> None:
+    env = Identity("MultiDiscrete")
+    obs, _ = env.reset(seed=3)
+    right = np.array([part.argmax() for part in np.split(obs, [2, 5])])
+    obs, reward, *_ = env.step(right)
+    assert reward == 1
+    wrong = (np.array([part.argmax() for part in np.split(obs, [2, 5])]) + np.array([1, 0, 0])) % [2, 3, 4]
+    assert env.step(wrong)[1] == pytest.approx(2 / 3)
+    env = Identity("MultiBinary")
+    obs, _ = env.reset(seed=3)
+    assert env.step(np.array([1 - obs[0], *obs[1:]], np.int8))[1] == pytest.approx(2 / 3)
+    env = Identity("Dict")
+    obs, _ = env.reset(seed=3)  # three for `move`, one for `push`
+    obs, reward, *_ = env.step({"push": obs[3:] - np.float32(0.2), "move": int(obs[:3].argmax())})
+    assert reward == pytest.approx((1 - 0.04) / 2)
+    env = Identity("Tuple")
+    obs, _ = env.reset(seed=3)  # two, then two bits, then three and two
+    digits = np.array([obs[4:7].argmax(), obs[7:].argmax()])
+    bits = obs[2:4].astype(np.int8)
+    answer = (int(obs[:2].argmax()), {"bits": bits, "digits": (digits + np.array([0, 1])) % [3, 2]})
+    assert env.step(answer)[1] == pytest.approx((1 + 1 + 0.5) / 3)
+
+
+def test_sampling_actions_does_not_change_what_identity_shows() -> None:
+    shown = []
+    for draws in (0, 5):
+        env = Identity("Dict")
+        env.reset(seed=1)
+        shown.append([])
+        for _ in range(4):
+            for _ in range(draws):
+                env.action_space.sample()
+            shown[-1].append(env.step({"move": 0, "push": np.zeros(1, np.float32)})[0])
+    assert np.array_equal(shown[0], shown[1])
 
 
 def test_the_chain_pays_only_at_its_end() -> None:
@@ -106,6 +145,8 @@ def test_bad_options_are_named() -> None:
         Counting(end="both")
     with pytest.raises(ValueError, match="kind must be one of"):
         Probe("six")
+    with pytest.raises(ValueError, match="kind must be one of Discrete, Box"):
+        Identity("Text")
     with pytest.raises(ValueError, match="length and spread"):
         CountingVector(length=0)
 

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from tests.regressions.traces import FOLDER, RUNS, TABULAR, trace
+from tests.regressions.traces import FOLDER, POLICIES, RUNS, TABULAR, trace
 
 RELATIVE, ABSOLUTE = 2e-3, 2e-5  # fp32 sums in another order, amplified by some dozens of updates
 
 
-@pytest.mark.parametrize("name", [*RUNS, *TABULAR])
+@pytest.mark.parametrize("name", [*RUNS, *TABULAR, *POLICIES])
 def test_trace_is_as_pinned(name: str) -> None:
     pinned = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     found = trace(name)

@@ -14,7 +14,7 @@ from agents.evaluate import Evaluator
 from agents.watch import Watch
 from envs import Collector
 from runs import Run, UserError
-from tests.tools import SMALL, assert_same_run, rows
+from tests.tools import NESTED, SMALL, assert_same_run, register, rows
 
 PIXELS = dict(size=16, net="light", features=16)
 
@@ -96,6 +96,75 @@ def test_tabular_agents_go_on_to_the_bit(tmp_path, monkeypatch, agent, env, sett
     assert_same_run(*interrupted(monkeypatch, tmp_path, env, kill, agent=agent, small={}, **settings))
     counters = Run.open(tmp_path / "other").load("latest")["counters"]
     assert counters["updates"] > 0
+
+
+ACTORS = {
+    "reinforce": dict(episodes=3, value_epochs=3),
+    "a2c": dict(rollout=10),
+    "trpo": dict(rollout=10, batch=5, epochs=2),
+    "ppo": dict(rollout=10, batch=5, epochs=2),
+}
+NORMAL = dict(normalize_obs=True, normalize_reward=True)
+
+
+@pytest.mark.parametrize("agent", ACTORS)
+@pytest.mark.parametrize(
+    ("env", "settings"),
+    [
+        ("CartPole-v1", dict(num_envs=1)),
+        ("CartPole-v1", dict(num_envs=4, **NORMAL)),
+        ("chordate/IdentityBox-v0", dict(num_envs=2, squash=True, spread="state", **NORMAL)),
+        ("chordate/IdentityDict-v0", dict(num_envs=2, **NORMAL)),
+        ("chordate/IdentityTuple-v0", dict(num_envs=3)),
+        (NESTED, dict(num_envs=2, normalize_reward=True)),
+    ],
+)
+def test_policies_go_on_to_the_bit(tmp_path, monkeypatch, agent, env, settings):
+    """Checkpoints every 64 steps lie within rollouts and episodes; a decision waits to be taken."""
+    register()
+    settings = {**ACTORS[agent], **settings, "hidden": (16,)}
+    assert_same_run(*interrupted(monkeypatch, tmp_path, env, 150, agent=agent, small=RUN, **settings))
+    assert Run.open(tmp_path / "other").load("latest")["counters"]["updates"] > 0
+
+
+@pytest.mark.parametrize("agent", ["reinforce", "ppo"])
+def test_policies_on_pendulum_go_on_to_the_bit(tmp_path, monkeypatch, agent):
+    settings = {**ACTORS[agent], **NORMAL, "hidden": (16,), "num_envs": 4, "steps": 900, "log_every": 200}
+    settings |= {"episodes": 2} if agent == "reinforce" else {}
+    runs = interrupted(monkeypatch, tmp_path, "Pendulum-v1", 850, agent=agent, small=RUN, **settings)
+    assert_same_run(*runs)
+    assert len(rows(tmp_path / "whole" / "scores.csv")) == 4
+
+
+@pytest.mark.parametrize(
+    ("agent", "kill"), [("ppo", 1), ("ppo", 65), ("trpo", 199), ("reinforce", 63), ("a2c", 127)]
+)
+def test_policies_at_any_step(tmp_path, monkeypatch, agent, kill):
+    settings = {**ACTORS[agent], "hidden": (16,), "num_envs": 1}
+    runs = interrupted(monkeypatch, tmp_path, "CartPole-v1", kill, agent=agent, small=RUN, **settings)
+    assert_same_run(*runs)
+
+
+@pytest.mark.parametrize("agent", ["reinforce", "ppo"])
+def test_policies_go_on_to_the_bit_after_an_env_died(tmp_path, monkeypatch, agent):
+    """The memory cut the lost episode before the checkpoint that the run goes on from."""
+    after = Watch.after
+
+    def killing(self, before, now, episodes, update):
+        after(self, before, now, episodes, update)
+        if now == 104:
+            process = self.collector.env.unwrapped.processes[1]
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+
+    monkeypatch.setattr(Watch, "after", killing)
+    settings = {**ACTORS[agent], "hidden": (16,), "num_envs": 2, "vectorization": "async", "steps": 180}
+    settings |= {"episodes": 8} if agent == "reinforce" else {"rollout": 40, "batch": 16}
+    runs = interrupted(monkeypatch, tmp_path, "CartPole-v1", 150, agent=agent, small=RUN, **settings)
+    assert_same_run(*runs)
+    kept = Run.open(runs[0]).load(128)["replay"]
+    lost = 51 - (0 if agent == "reinforce" else 40)
+    assert kept["truncated"][lost].tolist() == [False, True] and kept["first"][lost + 1].tolist()[1]
 
 
 def test_sarsa_whose_envs_cannot_be_rebuilt_chooses_anew(tmp_path, monkeypatch):

@@ -11,14 +11,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from agents import evaluate, play
+from agents import AGENTS, evaluate, play
 from agents.run import guarded
 from agents.run import main as run
 from tests.faults.tools import CARTPOLE, at, copied, killed
+from tests.tools import TEXTS, UNBOUNDED, register
 
 ROOT = Path(__file__).parent.parent
 SHORT = [
@@ -136,6 +138,42 @@ WRONG = [
     (["sarsa", "--env", "FrozenLake-v1", "--max-grad-norm", "1"], ["--max-grad-norm", "table"]),
     (["sarsa", "--env", "CartPole-v1", "--bins", "4"], ["bins", "mlp"]),
     (["dqn", "--env", "FrozenLake-v1", "--backbone", "table"], ["--backbone of dqn", "mlp", "table"]),
+    (["dqn", "--env", "Pendulum-v1"], ["dqn drives Discrete", "Box", "reinforce, a2c, trpo and ppo"]),
+    (["sarsa", "--env", "chordate/IdentityDict-v0"], ["Dict", "reinforce, a2c, trpo and ppo"]),
+    (["dqn", "--env", TEXTS], ["dqn drives Discrete", "no policy draws actions of Text"]),
+    (["ppo", "--env", TEXTS], ["no policy draws actions of Text"]),
+    (["reinforce", "--env", TEXTS], ["no policy draws actions of Text"]),
+    (["ppo", "--env", UNBOUNDED, "--squash"], ["--squash needs bounds", "Box"]),
+    (
+        ["ppo", "--env", "CartPole-v1", "--preset", "none", "--batch", "100"],
+        ["--batch 100 must divide", "--rollout 2048"],
+    ),
+    (
+        ["ppo", "--env", "CartPole-v1", "--preset", "none", "--batch", "4096"],
+        ["--batch 4096 must divide", "--rollout 2048"],
+    ),
+    (
+        ["trpo", "--env", "CartPole-v1", "--preset", "none", "--batch", "4096"],
+        ["--batch 4096 must divide", "1024"],
+    ),
+    (["ppo", "--env", "CartPole-v1", "--rollout", "0"], ["--rollout", ">= 1", "0"]),
+    (["a2c", "--env", "CartPole-v1", "--rollout", "0"], ["--rollout", ">= 1", "0"]),
+    (["trpo", "--env", "CartPole-v1", "--rollout", "-1"], ["--rollout", ">= 1", "-1"]),
+    (["reinforce", "--env", "CartPole-v1", "--episodes", "0"], ["--episodes", ">= 1", "0"]),
+    (["trpo", "--env", "CartPole-v1", "--no-separate"], ["--no-separate", "trpo"]),
+    (["reinforce", "--env", "CartPole-v1", "--no-separate"], ["--no-separate", "reinforce"]),
+    (["a2c", "--env", "FrozenLake-v1", "--normalize-obs"], ["--normalize-obs", "vectors", "Discrete(16)"]),
+    (
+        ["ppo", "--env", "CartPole-v1", "--preset", "none", "--clip-steps", "9"],
+        ["--clip-steps", "--clip-end"],
+    ),
+    (["ppo", "--env", "CartPole-v1", "--lr-steps", "9", "--preset", "none"], ["--lr-steps", "--lr-end"]),
+    (
+        ["reinforce", "--env", "CartPole-v1", "--baseline-rate", "0.3"],
+        ["--baseline-rate", "--baseline average"],
+    ),
+    (["a2c", "--env", "CartPole-v1", "--optimizer", "adma"], ["--optimizer", "adam"]),
+    (["a2c", "--env", "CartPole-v1", "--backbone", "table"], ["--backbone of a2c", "mlp", "table"]),
     (["dqn"], ["--env"]),
     (["dqn", "--env", "CartPole-v1", "extra"], ["extra"]),
     (["--env", "CartPole-v1"], ["agent"]),
@@ -150,6 +188,7 @@ def test_bad_input_is_one_line_and_exit_2(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
+    register()
     monkeypatch.chdir(tmp_path)
     assert guarded(run, arguments) == 2
     error = capsys.readouterr().err
@@ -411,6 +450,55 @@ def test_nan_reward_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert guarded(run, ["dqn", "--env", "chordate/Broken-v0", *SHORT, "--run", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert "reward of env 0 is nan at step 1" in error
+
+
+@pytest.mark.parametrize("agent", ["reinforce", "a2c", "trpo", "ppo"])
+def test_nan_in_a_policy_ends_the_run_and_names_the_layer(
+    agent: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agents.actor import PolicyAgent
+
+    sound = PolicyAgent.update
+
+    def poisoned(self: Any, batch: Any, steps: int = 1) -> Any:
+        done = sound(self, batch, steps)
+        self.model.backbone.layers[2].weight.detach()[0, 0] = float("nan")
+        return done
+
+    monkeypatch.setattr(PolicyAgent, "update", poisoned)
+    words = [agent, "--env", "CartPole-v1", "--preset", "none", "--steps", "2100", "--no-video"]
+    words += ["--hidden", "8", "8", "--run", str(tmp_path / "run")]
+    assert guarded(run, words) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "backbone.layers.2.weight holds NaN" in error
+
+
+def test_every_agent_runs_from_the_command_line_and_plays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is: a preset or the defaults, the film of an episode, and the same score when it is loaded again."""
+    for name in AGENTS:
+        env = "FrozenLake-v1" if name == "qtable" else "CartPole-v1"
+        small = [
+            "--steps",
+            "600",
+            "--final-episodes",
+            "2",
+            "--num-envs",
+            "2",
+            "--preset",
+            "none",
+            "--no-video",
+        ]
+        small += ["--learning-starts", "100"] if name in ("dqn", "qtable") else []
+        small += ["--rollout", "64"] if name in ("trpo", "ppo") else []
+        folder = tmp_path / name
+        assert guarded(run, [name, "--env", env, *small, "--run", str(folder)]) == 0, name
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["agent"] == name and summary["updates"] > 0 and summary["finished"]
+        capsys.readouterr()
+        assert guarded(evaluate.main, [str(folder), "--episodes", "2", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["agent"] == name
 
 
 def test_python_api(tmp_path: Path) -> None:

@@ -14,12 +14,15 @@ import torch
 from gymnasium import spaces
 
 import envs
+from agents import load
+from agents.actor import PolicyAgent
 from agents.dqn import DQN
 from agents.loop import off_policy, on_policy
 from agents.qtable import QTable
 from agents.sarsa import SARSA
 from backbones.compute import Compute
-from envs import Collector
+from envs import Collector, EnvConfig
+from envs.atari import DEFAULT
 from replay import Batch, Ring
 from runs import checkpoint
 
@@ -45,10 +48,44 @@ SMALL: dict[str, Any] = dict(  # settings of a run of a second
 PAYS = "chordate/Pays-v0"  # CartPole with rewards of 2.5, so that clipping them shows
 
 
+NESTED = "chordate/Nested-v0"  # CartPole seen through a Dict with a Tuple in it, cut after 7 steps
+UNBOUNDED = "chordate/Unbounded-v0"  # a Box of actions without bounds
+TEXTS = "chordate/Texts-v0"  # actions that no agent draws
+
+
 def register() -> None:
     """Register the environments that only tests need."""
-    if PAYS not in gymnasium.registry:
-        gymnasium.register(PAYS, _pays)
+    made = {PAYS: _pays, NESTED: Nested, UNBOUNDED: lambda: Odd(spaces.Box(-np.inf, np.inf, (2,))),
+            TEXTS: lambda: Odd(spaces.Text(5))}  # fmt: skip
+    for name, make in made.items():
+        if name not in gymnasium.registry:
+            gymnasium.register(name, make)
+
+
+class Nested(gymnasium.ObservationWrapper):
+    """See `NESTED`."""
+
+    def __init__(self) -> None:
+        super().__init__(gymnasium.wrappers.TimeLimit(gymnasium.make("CartPole-v1"), 7))
+        one, two = (spaces.Box(-np.inf, np.inf, (size,), np.float32) for size in (1, 2))
+        self.observation_space = spaces.Dict(cart=two, pole=spaces.Tuple((one, one)))
+
+    def observation(self, observation: np.ndarray) -> Any:
+        return {"cart": observation[:2], "pole": (observation[2:3], observation[3:])}
+
+
+class Odd(gymnasium.Env):
+    """Actions of any space, all of them worth nothing."""
+
+    def __init__(self, actions: spaces.Space[Any]) -> None:
+        self.observation_space, self.action_space = VECTOR, actions
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.zeros(3, np.float32), 0.0, False, True, {}
 
 
 def _pays() -> gymnasium.Env:
@@ -119,19 +156,37 @@ def trained(
     return agent, watch
 
 
-def tabular(
-    agent: QTable | SARSA,
+def acted(
+    name: str,
     env_id: str,
     steps: int,
     *,
     seed: int = 0,
     num_envs: int = 1,
     between: Any = None,
+    env_config: EnvConfig = DEFAULT,
+    **knobs: Any,
+) -> tuple[PolicyAgent, Quiet]:
+    """Train a policy-gradient agent on a small net through its real loop."""
+    agent = load(name)(**{"net": {"hidden": (32,)}, **knobs})
+    how: Any = dict(seed=seed, num_envs=num_envs, between=between, env_config=env_config)
+    return agent, tabular(agent, env_id, steps, **how)
+
+
+def tabular(
+    agent: QTable | SARSA | PolicyAgent,
+    env_id: str,
+    steps: int,
+    *,
+    seed: int = 0,
+    num_envs: int = 1,
+    between: Any = None,
+    env_config: EnvConfig = DEFAULT,
 ) -> Quiet:
-    """Train one of the agents that hold Q in a table or a net, through its real loop."""
+    """Train an agent whose `loop` says how, through that loop."""
     register()
     torch.set_num_threads(1)
-    env = envs.make(env_id, num_envs, seed)
+    env = envs.make(env_id, num_envs, seed, env_config)
     collector, watch = Collector(env, seed), Quiet(between)
     seen, acted = env.single_observation_space, env.single_action_space
     agent.build(seen, acted, CPU, np.random.SeedSequence(seed), print)
@@ -145,7 +200,7 @@ def tabular(
     return watch
 
 
-def digest(agent: DQN | QTable | SARSA) -> str:
+def digest(agent: DQN | QTable | SARSA | PolicyAgent) -> str:
     """A hash of all that it acts by, bit by bit."""
     weights = agent.state_dict()["weights"].values()
     data = b"".join(tensor.detach().contiguous().numpy().tobytes() for tensor in weights)

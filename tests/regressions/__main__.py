@@ -2,8 +2,8 @@
 
 import json
 
-from tests.regressions.traces import FOLDER, RUNS, TABULAR, trace
+from tests.regressions.traces import FOLDER, POLICIES, RUNS, TABULAR, trace
 
-for name in [*RUNS, *TABULAR]:
+for name in [*RUNS, *TABULAR, *POLICIES]:
     (FOLDER / f"{name}.json").write_text(json.dumps(trace(name), indent=1) + "\n", encoding="utf-8")
     print(f"wrote {name}.json")

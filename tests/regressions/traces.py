@@ -12,7 +12,7 @@ import torch
 from agents.qtable import QTable
 from agents.sarsa import SARSA
 from envs import EnvConfig
-from tests.tools import tabular, trained
+from tests.tools import acted, tabular, trained
 
 FOLDER = Path(__file__).parent
 LAKE = "chordate/FrozenLakeDeterministic-v0"
@@ -44,7 +44,23 @@ TABULAR: dict[str, tuple[Callable[[], Any], str, int]] = {
         lambda: SARSA(backbone="mlp", net={"hidden": (32,)}, epsilon_steps=200), "CartPole-v1", 400,
     ),
 }  # fmt: skip
+# name -> agent, environment, steps, settings
+POLICIES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
+    "reinforce-mlp-cartpole": ("reinforce", "CartPole-v1", 600, dict(episodes=2, credit="whole")),
+    "a2c-mlp-cartpole": ("a2c", "CartPole-v1", 400, dict(lam=0.9, entropy=0.01)),
+    "trpo-mlp-pendulum": (
+        "trpo", "Pendulum-v1", 1_600, dict(rollout=40, batch=80, epochs=3, normalize_obs=True, normalize_reward=True),
+    ),
+    "ppo-mlp-identitydict": (
+        "ppo", "chordate/IdentityDict-v0", 800, dict(rollout=20, batch=40, clip_value=0.2, lr_end=1e-4, lr_steps=800),
+    ),
+    "ppo-cnn-pong": (
+        "ppo", "ALE/Pong-v5", 160,
+        dict(rollout=10, batch=20, epochs=2, separate=False, net=LIGHT, env_config=EnvConfig(size=42)),
+    ),
+}  # fmt: skip
 METRICS = {"loss": "loss/td", "q": "q/mean", "target": "q/target", "grad_norm": "train/grad_norm"}
+METRICS |= {"policy": "loss/policy", "value": "loss/value", "entropy": "policy/entropy"}
 
 
 def trace(name: str, seed: int = 1) -> dict[str, Any]:
@@ -53,6 +69,10 @@ def trace(name: str, seed: int = 1) -> dict[str, Any]:
         env_id, steps, settings = RUNS[name]
         agent, watch = trained(env_id, steps, seed=seed, **settings)
         metrics, weights = ("loss", "q", "grad_norm"), agent.online.state_dict()
+    elif name in POLICIES:
+        kind, env_id, steps, settings = POLICIES[name]
+        agent, watch = acted(kind, env_id, steps, seed=seed, num_envs=4, **settings)
+        metrics, weights = ("policy", "value", "entropy", "grad_norm"), agent.state_dict()["weights"]
     else:
         make, env_id, steps = TABULAR[name]
         agent = make()
