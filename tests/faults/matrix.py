@@ -41,7 +41,24 @@ ENVS = {
     "noframeskip": ("PongNoFrameskip-v4", 1_600, f"{PIXELS} --capacity 4000"),
     "ram": ("ALE/Pong-v5", 1_600, "--obs ram --capacity 4000"),
 }
+# of the policy-gradient agents: rollouts that no checkpoint falls on the border of
+GRADIENT = {
+    "reinforce": "--preset none --episodes 3 --hidden 16",
+    "a2c": "--preset none --rollout 7 --hidden 16",
+    "trpo": "--preset none --rollout 90 --batch 30 --hidden 16 --epochs 2",
+    "ppo": "--preset none --rollout 90 --batch 30 --hidden 16 --epochs 2",
+}
+NORMAL = "--normalize-obs --normalize-reward"
+SCREENS = f"--preset none {PIXELS} --no-separate --num-envs 2"
 MORE = (
+    *(
+        Case(agent, env, 2_400, f"{flags} --num-envs {n} {more}")
+        for agent, flags in GRADIENT.items()
+        for n in (1, 8)
+        for env, more in (("CartPole-v1", ""), ("Pendulum-v1", NORMAL))
+    ),
+    Case("ppo", "ALE/Pong-v5", 1_600, f"{SCREENS} --rollout 50 --batch 20 --epochs 2"),
+    Case("a2c", "ALE/Pong-v5", 1_600, SCREENS),
     Case("dqn", "CartPole-v1", 2_400, f"{DQN} --num-envs 8 --noisy factorised --distributional c51"),
     *(
         Case("dqn", "CartPole-v1", 2_400, f"{DQN} {flags}")
