@@ -86,7 +86,7 @@ class A2C(PolicyAgent):
             advantage = normalized(advantage)
         of_policy = actor_loss(self.distribution.log_prob(p, action), advantage)
         of_value = value_loss(value, value, return_, None)
-        entropy = self.distribution.entropy(p).mean()
+        entropy = self.distribution.entropy(p if config.entropy else p.detach()).mean()
         loss = of_policy + config.value_weight * of_value - config.entropy * entropy
         gradients = torch.autograd.grad(loss, self.optimizer.parameters)
         norm = self.optimizer.step(gradients, loss.detach())

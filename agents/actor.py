@@ -7,6 +7,7 @@ An agent on top of it adds the loss. Data flow of one update:
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from agents.heads import SPREADS, PolicyHead, ValueHead
 from agents.normalize import ObsNormalizer, RewardScaler
 from agents.optimizers import Optimizer
 from backbones.base import Backbone
-from backbones.compute import Compute, to_device
+from backbones.compute import Compute, copy_weights, to_device
 from envs.mask import MASK, is_masked
 from replay import Decision, Rollout, Rollouts, Update
 from replay.tree import mapped
@@ -62,7 +63,7 @@ class Samples(NamedTuple):
 
     obs: Any  # (B, *S)
     action: Tensor  # (B, K) what the policy drew
-    logp: Tensor  # (B,) then
+    logp: Tensor  # (B,) then, or (0,) if nobody compares
     value: Tensor  # (B,) V(s) then
     advantage: Tensor  # (B,)
     return_: Tensor  # (B,) what the critic should have said
@@ -78,6 +79,7 @@ class ActorCritic(nn.Module):
         distribution: Distribution,
         config: ActorConfig,
         space: spaces.Space[Any],
+        actions: spaces.Space[Any],
         new: bool = True,
     ) -> None:
         """Put new heads on the backbones for observations of a space; `critic` None: it shares that of the policy.
@@ -85,7 +87,7 @@ class ActorCritic(nn.Module):
         `new`: the backbones were made for this agent, and may be given other weights.
         """
         super().__init__()
-        self.masked = is_masked(space)
+        self.masked = is_masked(space) and isinstance(actions, spaces.Discrete)
         self.normalizer = ObsNormalizer(space) if config.normalize_obs else None
         self.backbone, self.critic = backbone, critic
         self.policy = PolicyHead(backbone.features, distribution, config.spread, config.log_std)
@@ -156,6 +158,7 @@ class PolicyAgent(ABC):
     Config: type[Any]
     loop = "on_policy"
     commits = False  # the action after a rollout is drawn by the weights that learned from it
+    compares = False  # whether the loss needs the log-probabilities of when it acted
     backbones = tuple(backbones.BACKBONES)
 
     def __init__(
@@ -194,13 +197,28 @@ class PolicyAgent(ABC):
             trunk = backbones.build(name, observation_space, **self.net)
             critic = None
             if config.separate:
-                if not isinstance(name, str):
-                    raise UserError("--separate needs a backbone by name: one object cannot be both")
-                critic = backbones.build(name, observation_space, **self.net)
+                # an object is there once: the critic starts as a copy of it
+                own = backbones.build(name, observation_space, **self.net)
+                critic = own if isinstance(name, str) else copy.deepcopy(own)
             # a backbone that was given as an object keeps its weights
-            parts = trunk, critic, self.distribution, config, observation_space, isinstance(name, str)
+            parts = (
+                trunk,
+                critic,
+                self.distribution,
+                config,
+                observation_space,
+                action_space,
+                isinstance(name, str),
+            )
             self.model = ActorCritic(*parts).to(compute.device)
         self._quick = self.model.quick() if compute.device == "cpu" else None
+        self._actor = self.model
+        if compute.precision == "bf16" and self._quick is None:
+            # holds, in bf16, what autocast would cast the weights to each time
+            self._actor = copy.deepcopy(self.model).requires_grad_(False)
+            for trunk in (self._actor.backbone, self._actor.critic):
+                if trunk is not None:
+                    trunk.to(torch.bfloat16)
         self._reward = RewardScaler(config.gamma) if config.normalize_reward else None
         self._optimizers = self.prepare(say)
 
@@ -248,7 +266,7 @@ class PolicyAgent(ABC):
         p, value = self._forward(obs)
         with torch.inference_mode():
             sample = self.distribution.sample(p, torch.from_numpy(noise))
-            logp = self.distribution.log_prob(p, sample).numpy()
+            logp = self.distribution.log_prob(p, sample).numpy() if self.compares else None
         drawn = sample.numpy()
         return Decision(self.distribution.action(drawn), state, drawn, logp, value)
 
@@ -279,6 +297,7 @@ class PolicyAgent(ABC):
         metrics = {**self.learn(samples), "train/skipped": self.skipped}
         if self.model.normalizer is not None:
             self.model.normalizer.learn(batch.obs)
+        copy_weights(self.model, self._actor)
         return Update(metrics, None)
 
     def samples(self, rollout: Rollout) -> Samples:
@@ -288,8 +307,8 @@ class PolicyAgent(ABC):
         if self._reward is not None:
             reward = self._reward(reward, ended)
         cut = self._forward(rollout.cut_obs)[1] if rollout.truncated.any() else np.zeros(0, np.float32)
-        assert rollout.last.value is not None
-        next_value = returns.next_values(rollout.value, rollout.last.value, rollout.truncated, cut)
+        last = self._forward(rollout.last_obs)[1]
+        next_value = returns.next_values(rollout.value, last, rollout.truncated, cut)
         advantage, return_ = self.estimate(rollout, reward, next_value)
         flat = [
             mapped(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), part)
@@ -304,7 +323,7 @@ class PolicyAgent(ABC):
             p = torch.from_numpy(numbers)
         else:
             with self.compute.acting():
-                p, value = (part.cpu() for part in self.model(to_device(obs, self.compute.device)))
+                p, value = (part.cpu() for part in self._actor(to_device(obs, self.compute.device)))
                 numbers, value = p.numpy(), value.numpy()
         if not np.isfinite(numbers).all():
             raise RunFailed(self._diagnosis())
@@ -336,6 +355,7 @@ class PolicyAgent(ABC):
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """See `Agent.load_weights`."""
         self.model.load_state_dict(weights)
+        copy_weights(self.model, self._actor)
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """See `Agent.load_state_dict`."""

@@ -383,7 +383,8 @@ def of_space(space: spaces.Space[Any], *, squash: bool = False, depth: int = 0) 
         found = tuple(of_space(each, squash=squash, depth=depth + 1) for each in inner)
         pack = tuple if names is None else lambda made: dict(zip(names, made, strict=True))
         return Product(found, pack)
-    raise UserError(f"no policy draws actions of {space}")
+    kinds = "Discrete, MultiDiscrete, MultiBinary, Box of floats, and Dict and Tuple of these"
+    raise UserError(f"no policy draws actions of {space}; there are policies for {kinds}")
 
 
 def masked(p: Tensor, mask: Tensor) -> Tensor:

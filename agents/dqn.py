@@ -385,9 +385,10 @@ class DQN:
         return Decision(self.values(obs).argmax(axis=1) + self._start, state)
 
     def values(self, obs: Any) -> np.ndarray:
-        """Q(s, .) (N, A) of numpy observations (N, *S), without noise."""
+        """Q(s, .) (N, A) of numpy observations (N, *S), without noise; -inf for what is forbidden."""
         self._actor.head.draw(None)
-        return self._values(obs)
+        values = self._values(obs)
+        return np.where(obs[MASK], values, -np.inf) if self._masked else values
 
     def _values(self, obs: Any) -> np.ndarray:
         if self._quick is not None and len(obs) <= self._quick.rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ WATCHING = {
     "video",
 }
 # what runs of one group may differ in; a preset is but a name for settings that are all compared themselves
-FREE = COMPUTING | WORKERS | WATCHING | {"seed", "commit", "preset"}
+FREE = COMPUTING | WORKERS | WATCHING | {"seed", "commit", "preset", "name"}
 MOST = 3  # settings in a label
 ABSENT = "-"  # shown for a setting that a run does not have
 
@@ -34,7 +35,7 @@ class Outcome(NamedTuple):
     """What is compared of a run. K evaluations."""
 
     run: Run
-    settings: dict[str, Any]  # its configuration, and its commit
+    settings: dict[str, Any]  # its configuration, its commit, and its folder's name without the seed
     step: np.ndarray  # (K,) of its evaluations
     mean: np.ndarray  # (K,) their mean returns
     final: float  # mean return of the last evaluation
@@ -119,7 +120,13 @@ def _outcome(run: Run) -> Outcome | None:
     commit = str(run.origin.get("commit") or "unknown")
     return Outcome(
         run=run,
-        settings={"env": "?", "agent": "?", **run.config, "commit": commit[:7] + commit[40:]},
+        settings={
+            "env": "?",
+            "agent": "?",
+            **run.config,
+            "commit": commit[:7] + commit[40:],
+            "name": re.sub(r"[-_]?(seed)?[-_]?\d*$", "", run.path.name) or run.path.name,
+        },
         step=step,
         mean=mean,
         final=_number(final),
@@ -191,6 +198,8 @@ def _named(env: str, agent: str, sets: list[list[Outcome]], by: Sequence[str]) -
     groups = []
     for settings, members in zip(each, sets, strict=True):
         words = [agent, *(f"{name}={shown(settings, name)}" for name in names)]
+        if names == ["name"]:
+            words = [shown(settings, "name")]
         if left and names != ["preset"]:
             words.append(f"+{left}")
         facts = {name: settings.get(name) for name in differ}

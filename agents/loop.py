@@ -57,8 +57,8 @@ def on_policy(
 ) -> int:
     """Act, and learn from what the present policy did as soon as the memory has enough of it; return the step reached.
 
-    The decision after the last step is made before the update: its value is what a rollout bootstraps from. An agent
-    that `commits` really takes its action (SARSA); the others decide anew by what they have learned.
+    An agent that `commits` decides on its next action before the update, which learns from it (SARSA); the others
+    decide by what they have just learned.
     """
     num_envs, step = collector.env.num_envs, start
     decision = watch.decision  # a resumed run has chosen already
@@ -69,11 +69,13 @@ def on_policy(
         collector.send(decision.action)
         memory.add(collector.recv(), decision)
         before, step = step, step + num_envs
-        update, decision = None, agent.act(collector.obs, collector.first, decision.state, step)
+        update = None
+        if agent.commits:
+            decision = agent.act(collector.obs, collector.first, decision.state, step)
         if memory.full:
             update = agent.update(memory.take(collector.obs, decision, collector.first))
-            if not agent.commits:
-                decision = agent.act(collector.obs, collector.first, decision.state, step)
+        if not agent.commits:
+            decision = agent.act(collector.obs, collector.first, decision.state, step)
         watch.decision = decision
         watch.after(before, step, collector.episodes, update)
     return step

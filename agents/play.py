@@ -90,12 +90,15 @@ class Explainer:
         from runs.video import explain
 
         self._best.append(float(shot.values.max()))
+        shown, label = shot.values, "Q"
         if len(shot.values) != len(self.names):  # one value of the state, whatever the action
-            return explain(shot.frame, shot.values, 0, ["V"], self._best, label="V")
-        action = int(shot.action) - self.start
-        return explain(
-            shot.frame, shot.values, action, self.names, self._best, probabilities=shot.probabilities
-        )
+            if len(shot.probabilities) != len(self.names):
+                return explain(shot.frame, shot.values, 0, ["V"], self._best, label="V")
+            shown, label = shot.probabilities, "pi"
+        possible = np.isfinite(shown)  # forbidden actions have no value
+        shown = np.where(possible, shown, shown[possible].min())
+        action, chances = int(shot.action) - self.start, shot.probabilities
+        return explain(shot.frame, shown, action, self.names, self._best, probabilities=chances, label=label)
 
 
 def pictures(

@@ -10,8 +10,9 @@ Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7 and 9, algorithm 1; course
 
 Deviations: (1) advantages are brought to mean 0, spread 1 in each minibatch, or each rollout; (2) an episode that was
 truncated bootstraps from its true last state; (3) L_value has the factor 1/2, so value_weight is twice the paper's c_1;
-(4) V may be clipped (`--clip-value`), as OpenAI Baselines does; (5) an update may end early, with the first minibatch
-on which the policy has moved by more than 1.5 `--target-kl` (after Spinning Up); (6) the gradient's norm is clipped.
+(4) V may be clipped (`--clip-value`), as OpenAI Baselines does; (5) an update may end early, with the step of the
+first minibatch on which the policy had moved by more than 1.5 `--target-kl` (Spinning Up ends before that step);
+(6) the gradient's norm is clipped.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ class PPO(PolicyAgent):
 
     name = "ppo"
     Config = Config
+    compares = True
 
     def prepare(self, say: Callable[[str], None]) -> dict[str, Optimizer]:
         """See `PolicyAgent.prepare`."""
@@ -145,7 +147,7 @@ class PPO(PolicyAgent):
         with self.compute.autocast():
             p, value = self.model(samples.obs)
         logp = self.distribution.log_prob(p, samples.action)
-        entropy = self.distribution.entropy(p).mean()
+        entropy = self.distribution.entropy(p if config.entropy else p.detach()).mean()
         advantage = samples.advantage
         if config.normalize_advantage == "minibatch":
             advantage = normalized(advantage)

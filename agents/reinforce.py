@@ -126,7 +126,7 @@ class REINFORCE(PolicyAgent):
         advantage = normalized(samples.advantage) if config.normalize_advantage else samples.advantage
         with self.compute.autocast():
             p = model.parameters_of(samples.obs)
-        entropy = self.distribution.entropy(p).mean()
+        entropy = self.distribution.entropy(p if config.entropy else p.detach()).mean()
         of_policy = actor_loss(self.distribution.log_prob(p, samples.action), advantage)
         loss = of_policy - config.entropy * entropy
         self.optimizer.begin(self._lr(self.steps))

@@ -58,14 +58,20 @@ def discounted(
 
 
 def lambda_returns(
-    reward: np.ndarray, discount: np.ndarray, next_value: np.ndarray, lam: float
+    reward: np.ndarray,
+    discount: np.ndarray,
+    next_value: np.ndarray,
+    lam: float,
+    ended: np.ndarray | None = None,
 ) -> np.ndarray:
-    """G_t = r_t + discount_t ((1 - lam) V(s_t') + lam G_{t+1}), and V of the last successor for G_T.
+    """G_t = r_t + discount_t ((1 - lam) V(s_t') + lam G_{t+1}), with V(s_t') for G_{t+1} where the episode ended.
 
-    discount = gamma (1 - terminated). The trace runs on across truncations, of which this knows nothing.
+    discount = gamma (1 - terminated); the last row counts as ended. GAE is this minus V(s_t).
     Source: Sutton and Barto 2018, eq. 12.18.
     """
     result, following = np.empty_like(reward), next_value[-1]
     for t in range(len(reward) - 1, -1, -1):
+        if ended is not None:
+            following = np.where(ended[t], next_value[t], following)
         following = result[t] = reward[t] + discount[t] * ((1 - lam) * next_value[t] + lam * following)
     return result

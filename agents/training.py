@@ -138,7 +138,14 @@ def resolve(
         chosen.keys() - known.keys()
     ):  # knobs of the preset's backbone, where another one was asked for
         del merged[key]
-    return {"agent": agent, "preset": name, **known, **merged}
+    resolved = {"agent": agent, "preset": name, **known, **merged}
+    for schedule in ("lr", "clip"):
+        reached = resolved.get(f"{schedule}_steps")
+        if resolved.get(f"{schedule}_end") is not None and reached != resolved["steps"]:
+            say(
+                f"--{schedule} reaches its end at step {reached:,} of {resolved['steps']:,} (--{schedule}-steps)"
+            )
+    return resolved
 
 
 def parts(settings: Mapping[str, Any]) -> Parts:
@@ -150,6 +157,9 @@ def parts(settings: Mapping[str, Any]) -> Parts:
         title.split()[0]: {field.name: settings[field.name] for field in fields(owner)}
         for title, owner in owners(settings["agent"], settings["backbone"]).items()
     }
+    for title, owner in owners(settings["agent"], settings["backbone"]).items():
+        if title.startswith("backbone"):
+            check(owner, dealt["backbone"])
     check(EnvConfig, dealt["environment"])
     check(ComputeConfig, dealt["computing"])
     return Parts(
@@ -285,8 +295,8 @@ def _train(
     say(envs.describe(env))
     say(f"preset {settings['preset']}; backbone {settings['backbone']}")
     updates = chosen.agent.rounds(config.steps, config.num_envs)
-    wide = max(chosen.net.get("hidden", (WIDE,))) >= WIDE
-    compute = choose(chosen.compute, image=_sees_image(env), wide=wide, updates=updates, say=say)
+    seen = dict(image=_sees_image(env), wide=wide(chosen.net))
+    compute = choose(chosen.compute, **seen, updates=updates, say=say)
     agent.build(env.single_observation_space, env.single_action_space, compute, of_agent, say)
     # the emulator of a single game takes more from the learning threads than the overlap gives back
     overlap = config.num_envs > 1 or compute.device != "cpu"
@@ -434,6 +444,11 @@ def _ring(agent: Any, config: RunConfig, env: Any, rng: np.random.Generator) -> 
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def wide(net: Mapping[str, Any]) -> bool:
+    """Whether a dense layer is so wide that a second thread pays; yes where a backbone has none to choose."""
+    return max(net.get("hidden", (WIDE,)), default=0) >= WIDE
 
 
 def _free_memory() -> int | None:

@@ -12,7 +12,6 @@ from gymnasium import spaces
 from torch import Tensor
 
 from agents.base import State, epsilon_greedy, numbered
-from agents.distributions import NEVER
 from backbones.base import Backbone
 from backbones.compute import Compute
 from envs.mask import MASK, is_masked
@@ -143,7 +142,7 @@ class EpsilonGreedy(ABC):
     def values(self, obs: Any) -> np.ndarray:
         """Q(s, .) (N, A) of numpy observations (N, *S)."""
         values = self.q.values(obs)
-        return np.where(obs[MASK], values, NEVER) if self._masked else values
+        return np.where(obs[MASK], values, -np.inf) if self._masked else values
 
     def probabilities(self, obs: Any) -> np.ndarray:
         """See `Agent.probabilities`: 1 for the greedy action."""

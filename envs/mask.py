@@ -20,6 +20,7 @@ OBS, MASK = "obs", "action_mask"
 class Masked(gymnasium.Wrapper):
     """Observations {"obs": what the environment shows, "action_mask": (A,) int8, 1 where an action is allowed}.
 
+    Where the environment shows a Dict, the mask stands beside its parts.
     Raises: UserError where no action is allowed.
     """
 
@@ -28,7 +29,10 @@ class Masked(gymnasium.Wrapper):
         super().__init__(env)
         assert isinstance(env.action_space, spaces.Discrete)
         mask = spaces.MultiBinary(int(env.action_space.n))
-        self.observation_space = spaces.Dict({OBS: env.observation_space, MASK: mask})
+        shown = env.observation_space
+        self._parts = isinstance(shown, spaces.Dict)
+        inner = shown.spaces if isinstance(shown, spaces.Dict) else {OBS: shown}
+        self.observation_space = spaces.Dict({**inner, MASK: mask})
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         """Start an episode."""
@@ -46,7 +50,7 @@ class Masked(gymnasium.Wrapper):
             if not over:
                 raise UserError(f"{self.env}: every action is masked, and the episode is not over")
             mask = np.ones_like(mask)  # nobody acts there
-        return {OBS: obs, MASK: mask}
+        return {**(obs if self._parts else {OBS: obs}), MASK: mask}
 
 
 def masks(env: gymnasium.Env) -> bool:

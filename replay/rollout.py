@@ -67,7 +67,7 @@ class Rollouts:
         return len(self._steps) >= self.length
 
     def take(self, last_obs: Any, last: Decision, first: np.ndarray | None = None) -> Rollout:
-        """Give the steps away; `last` was decided on `last_obs` (N, *S), which the last step led to.
+        """Give the steps away; the last one led to `last_obs` (N, *S), and `last` is what was decided last.
 
         Where `first` (N,) says that an episode begins there though none ended, the one before was lost.
         """
@@ -166,7 +166,6 @@ class Episodes(Rollouts):
             obs=mapped(lambda leaf: leaf[at, of][:, None], whole.obs),
             cut_obs=_cut(steps, at[cut], of[cut], last_obs),
             last_obs=mapped(lambda leaf: leaf[:1], last_obs),
-            last=last._replace(value=np.zeros(1, np.float32)),  # no step follows the end of an episode
         )
 
     def state_dict(self) -> dict[str, np.ndarray]:

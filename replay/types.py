@@ -87,5 +87,5 @@ class Rollout(NamedTuple):
     value: np.ndarray  # (T, N), or (T, 0)
     cut_obs: Any  # (C, *S) true successors of the truncated steps, in the order of np.nonzero(truncated)
     last_obs: Any  # (N, *S) what is seen after the last step
-    last: Decision  # there, by the weights that acted
+    last: Decision  # there, of agents that commit to it; else the one before
     state: tuple[Any, ...]  # memory before the first step

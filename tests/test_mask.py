@@ -22,8 +22,15 @@ from runs import UserError
 from tests.tools import CPU, Quiet
 
 ENV = "chordate-test/Forbidding-v0"
+DQN_SMALL: dict[str, Any] = dict(
+    learning_starts=32, train_every=4, batch=16, lr=3e-3, target_every=20, epsilon_steps=200
+)
 SMALL: dict[str, dict[str, Any]] = {
-    "dqn": dict(learning_starts=32, train_every=4, batch=16, lr=3e-3, target_every=20, epsilon_steps=200),
+    "dqn": DQN_SMALL,
+    "dqn twin": DQN_SMALL | dict(double="twin"),
+    "dqn munchausen": DQN_SMALL | dict(munchausen=0.9, n_step=2),
+    "dqn c51": DQN_SMALL | dict(distributional="c51", noisy="factorised", alpha=0.5),
+    "dqn quantile": DQN_SMALL | dict(distributional="quantile", dueling="mean", acting="target", tau=0.1),
     "sarsa": dict(epsilon_steps=200),
     "reinforce": dict(episodes=4),
     "a2c": dict(),
@@ -91,7 +98,7 @@ def test_no_agent_takes_a_forbidden_action(name: str) -> None:
     """The environment breaks at the first one."""
     torch.set_num_threads(1)
     env = envs.make(ENV, 2, 0)
-    agent = agents.load(name)(net={"hidden": (16,)}, backbone="mlp", **SMALL[name])
+    agent = agents.load(name.split()[0])(net={"hidden": (16,)}, backbone="mlp", **SMALL[name])
     seen, acted = env.single_observation_space, env.single_action_space
     agent.build(seen, acted, CPU, np.random.SeedSequence(0), print)
     collector, watch = Collector(env, 0), Quiet()
@@ -101,7 +108,10 @@ def test_no_agent_takes_a_forbidden_action(name: str) -> None:
         off_policy(agent, collector, ring, watch, 400)  # type: ignore[arg-type]  # duck-typed watch
     else:
         on_policy(agent, collector, agent.memory(collector.obs), watch, 400)  # type: ignore[arg-type]
-    assert watch.updates
+    assert watch.updates and all(np.isfinite(list(update.values())).all() for update in watch.updates)
+    assert (
+        max(abs(update.get("q/target", 0.0)) for update in watch.updates) < 100
+    )  # no value is that of a mask
     for _ in range(20):
         collector.send(agent.greedy(collector.obs, collector.first, ()).action)
         collector.recv()

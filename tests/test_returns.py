@@ -170,3 +170,15 @@ def test_float32_stays_float32_and_nothing_is_written_into_what_is_given() -> No
     case.gamma, case.lam = 0.99, 0.95
     np.testing.assert_allclose(found[0], double_sum(case, 0.95), atol=1e-5)
     np.testing.assert_allclose(found[1], return_sum(case), atol=1e-5)
+
+
+def test_lambda_returns_are_gae_plus_values_also_where_episodes_end() -> None:
+    rng = np.random.default_rng(5)
+    reward, value, last = rng.normal(size=(12, 3)), rng.normal(size=(12, 3)), rng.normal(size=3)
+    terminated, truncated = rng.random((12, 3)) < 0.2, rng.random((12, 3)) < 0.3
+    truncated &= ~terminated
+    following = next_values(value, last, truncated, rng.normal(size=int(truncated.sum())))
+    ended = terminated | truncated
+    expected = gae(reward, value, following, terminated, ended, 0.9, 0.7) + value
+    assert np.allclose(lambda_returns(reward, 0.9 * ~terminated, following, 0.7, ended), expected, atol=1e-12)
+    assert not np.allclose(lambda_returns(reward, 0.9 * ~terminated, following, 0.7), expected, atol=1e-3)

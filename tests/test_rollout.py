@@ -265,7 +265,6 @@ def test_episodes_are_given_whole_once_and_in_order(ends: float, breaks: float, 
         every = [[step.obs for step in one] for steps in world.steps for one in episodes_of(steps)]
         assert sorted(given) == sorted(every)  # none lost, none twice, none that is unfinished
         assert ids(rollout.last_obs).shape == (1,)
-        assert rollout.last.value is not None and rollout.last.value.tolist() == [0]
     assert len(given) >= 48
 
 

@@ -26,7 +26,7 @@ from gymnasium import spaces
 
 import envs
 from agents import AGENTS, load
-from agents.training import WIDE, parts, train
+from agents.training import parts, train, wide
 from agents.watch import WARM_UPDATES
 from backbones.compute import choose, guarded_compile, to_device
 from replay import Transition, Update
@@ -254,9 +254,9 @@ def ceiling(work: Work, seconds: float) -> dict[str, Any]:
     run, config, net, env_config, compute_config = parts(work.whole)
     env = envs.make(work.env, run.num_envs, 0, env_config)
     agent = load(work.agent)(config, backbone=run.backbone, net=net)
-    image, wide = run.backbone != "mlp", max(net.get("hidden", (WIDE,))) >= WIDE
+    image = run.backbone != "mlp"
     updates = config.rounds(run.steps, run.num_envs)
-    compute = choose(compute_config, image=image, wide=wide, updates=updates, say=print)
+    compute = choose(compute_config, image=image, wide=wide(net), updates=updates, say=print)
     seen, acted = env.single_observation_space, env.single_action_space
     agent.build(seen, acted, compute, np.random.SeedSequence(0))
     actions = itertools.cycle([env.action_space.sample() for _ in range(64)])
