@@ -371,7 +371,7 @@ def test_the_gradient_is_unbiased(baseline: str) -> None:
         over,
         ~over,
         over,
-            np.zeros((count, 0), np.float32),  # nobody compares
+        np.zeros((count, 0), np.float32),  # nobody compares
         decision.value[:, None],
     )
     r = Rollout(obs[:, None], *drawn, obs[:0], obs[:1], decision._replace(value=np.zeros(1, np.float32)), ())
