@@ -366,7 +366,7 @@ PRESETS = {
         ZOO,
     ),
     "reinforce-cartpole": Preset(
-        "reinforce", ("CartPole-v*", "Acrobot-v*"), SMALL | _falling(300_000, 3e-3, num_envs=8), "found here"
+        "reinforce", ("CartPole-v*", "Acrobot-v*"), SMALL | _falling(500_000, 3e-3, num_envs=8), "found here"
     ),
     "reinforce-mujoco": Preset(
         "reinforce",
