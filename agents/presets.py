@@ -234,14 +234,14 @@ PRESETS = {
     "ppo-pendulum": Preset(
         "ppo",
         ("Pendulum-v*",),
-        SMALL | NORMALIZE | _falling(300_000, 1e-3, num_envs=4, rollout=512, gamma=0.95),
+        SMALL | NORMALIZE | _falling(300_000, 1e-3, num_envs=4, rollout=512, gamma=0.97),
         "the zoo's, which discounts by 0.9 and so does not see to the end of a swing",
     ),
     "ppo-lunarlander": Preset(
         "ppo",
         ("LunarLander*",),
         SMALL
-        | _falling(1_000_000, 3e-4, num_envs=16, rollout=1_024, epochs=4, gamma=0.999, lam=0.98)
+        | _falling(2_000_000, 3e-4, num_envs=16, rollout=1_024, epochs=4, gamma=0.999, lam=0.98)
         | dict(entropy=0.01),
         ZOO,
     ),
@@ -346,7 +346,7 @@ PRESETS = {
         ("Pendulum-v*",),
         SMALL
         | NORMALIZE
-        | dict(steps=300_000, num_envs=2, rollout=1_024, gamma=0.95, epochs=15, eval_every=30_000),
+        | dict(steps=300_000, num_envs=2, rollout=1_024, gamma=0.97, epochs=15, eval_every=30_000),
         "as for ppo",
     ),
     "trpo-lunarlander": Preset(
