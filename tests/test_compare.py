@@ -298,9 +298,12 @@ def test_all_three_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_the_committed_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = ROOT / "runs/reference/CartPole-v1"
     assert guarded(main, [str(folder), "--out", str(tmp_path), "--json"]) == 0
-    (group,) = json.loads(capsys.readouterr().out)["envs"]["CartPole-v1"]
-    assert group["label"] == "dqn" and group["seeds"] == [0, 1, 2] and group["finished"] == 3
-    assert len(group["curve"]["step"]) == 10 and group["curve"]["band"] == "interval"
+    groups = {group["label"]: group for group in json.loads(capsys.readouterr().out)["envs"]["CartPole-v1"]}
+    assert groups.keys() == {"a2c", "dqn", "ppo", "reinforce", "trpo"}
+    for group in groups.values():
+        assert group["seeds"] == [0, 1, 2] and group["finished"] == 3
+        assert group["final"]["mean"] == 500 and group["curve"]["band"] == "interval"
+    assert len(groups["dqn"]["curve"]["step"]) == 10
 
 
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
