@@ -46,7 +46,9 @@ SETTINGS: dict[str, Any] = dict(
     video=False,
 )
 STEPS_PER_KILL = 300
-SHARE = 0.2  # of the run that is about done when all kills are; little, for the machine may get faster meanwhile
+SHARE = (
+    0.2  # of the run that is about done when all kills are; little, for the machine may get faster meanwhile
+)
 STARTS = 0.3  # of the kills, while the run starts; the others come after
 
 
