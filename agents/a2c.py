@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from agents.actor import ActorConfig, PolicyAgent, Samples
-from agents.optimizers import OPTIMIZERS, Optimizer
+from agents.optimizers import OPTIMIZERS, Optimizer, learned
 from agents.ppo import normalized, value_loss
 from backbones.compute import guarded_compile
-from replay import Rollouts
 from runs.config import Knob
 
 
@@ -60,15 +59,10 @@ class A2C(PolicyAgent):
     def prepare(self, say: Callable[[str], None]) -> dict[str, Optimizer]:
         """See `PolicyAgent.prepare`."""
         config = self.config
-        learned = (p for p in self.model.parameters() if p.requires_grad)  # a backbone may come frozen
         how = dict(lr=config.lr, eps=config.optimizer_eps, max_norm=config.max_grad_norm)
-        self.optimizer = OPTIMIZERS[config.optimizer](learned, **how)
+        self.optimizer = OPTIMIZERS[config.optimizer](learned(self.model), **how)
         self._graph = guarded_compile(self._step, say) if self.compute.compile else self._step
         return {"optimizer": self.optimizer}
-
-    def memory(self, like: Any) -> Rollouts:
-        """See `PolicyAgent.memory`."""
-        return Rollouts(self.config.rollout, like)
 
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """One gradient step."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
@@ -114,6 +114,15 @@ class ActorCritic(nn.Module):
         """Logits without the actions that the observation forbids."""
         return masked(p, obs[MASK]) if self.masked else p
 
+    def values_of(self, obs: Any) -> Tensor:
+        """The critic alone."""
+        return self.value(self.evaluates(self.seen(obs))[0])
+
+    @property
+    def evaluates(self) -> Backbone:
+        """The backbone below the value head."""
+        return self.backbone if self.critic is None else self.critic
+
     def seen(self, obs: Any) -> Any:
         """Observations as the backbones get them."""
         return obs if self.normalizer is None else self.normalizer(obs)
@@ -136,6 +145,26 @@ class ActorCritic(nn.Module):
         return run
 
     rows = 0  # of `quick`
+
+
+def rounds(config: Any, steps: int, num_envs: int) -> int:
+    """Minibatches in so many steps over all environments, several passes over each rollout.
+
+    Raises: UserError if they do not divide a rollout.
+    """
+    if config.rollout * num_envs % config.batch:
+        size = f"--rollout {config.rollout} x --num-envs {num_envs}"
+        raise UserError(f"--batch {config.batch} must divide a rollout: {size}")
+    return steps * config.epochs // config.batch
+
+
+def minibatches(parts: tuple[Any, ...], size: int, rng: np.random.Generator) -> Iterator[tuple[Any, ...]]:
+    """Samples (B, ...) in a new order, `size` at a time; put in order once, so that each is a view."""
+    count = len(parts[-1])
+    order = torch.from_numpy(rng.permutation(count)).to(parts[-1].device)
+    mixed = mapped(lambda leaf: leaf.index_select(0, order), tuple(parts))
+    for start in range(0, count, size):
+        yield mapped(lambda leaf, start=start: leaf[start : start + size], mixed)
 
 
 def orthogonal(module: nn.Module, gain: float) -> None:
@@ -230,9 +259,9 @@ class PolicyAgent(ABC):
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """Improve policy and critic; returns metrics."""
 
-    @abstractmethod
     def memory(self, like: Any) -> Rollouts:
         """What collects the steps of one update; observations look like `like` (N, *S)."""
+        return Rollouts(self.config.rollout, like)
 
     def estimate(self, rollout: Rollout, reward: np.ndarray, next_value: np.ndarray) -> tuple[Any, Any]:
         """Advantages and the critic's targets, both (T, N): GAE, and R = A + V."""

@@ -50,7 +50,7 @@ import backbones
 from agents.base import State, epsilon_greedy, falling_epsilon, numbered
 from agents.distributions import masked
 from agents.heads import DUELING, NOISY, QHead
-from agents.optimizers import Adam
+from agents.optimizers import Adam, learned
 from backbones.base import Backbone
 from backbones.compute import Compute, copy_weights, guarded_compile, to_device
 from backbones.dense import Quick
@@ -336,7 +336,7 @@ class DQN:
     def _optimizer(self, net: QNet) -> Adam:
         config = self.config
         return Adam(
-            (p for p in net.parameters() if p.requires_grad),  # a backbone may come frozen
+            learned(net),
             lr=config.lr,
             lr_end=config.lr_end,
             decay=max(config.lr_steps * config.updates // config.train_every // len(self._pupils), 1),

@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agents.base import linear
 
@@ -146,6 +146,11 @@ class RMSProp(Optimizer):
         for p, g, v in zip(self.parameters, gradients, self.second, strict=True):
             v.mul_(a).addcmul_(g, g, value=1 - DECAY)
             p.sub_(rate * g / (v + self.floor).sqrt())
+
+
+def learned(*modules: nn.Module) -> list[nn.Parameter]:
+    """The weights that an optimiser of these modules moves; a backbone may come frozen."""
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
 OPTIMIZERS = {"adam": Adam, "rmsprop": RMSProp}

@@ -17,19 +17,17 @@ first minibatch on which the policy had moved by more than 1.5 `--target-kl` (Sp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from agents.actor import ActorConfig, PolicyAgent, Samples
+from agents.actor import ActorConfig, PolicyAgent, Samples, minibatches, rounds
 from agents.base import linear
-from agents.optimizers import Adam, Optimizer
+from agents.optimizers import Adam, Optimizer, learned
 from backbones.compute import guarded_compile
-from replay import Rollouts
-from replay.tree import mapped
 from runs.config import Knob, UserError
 
 
@@ -61,11 +59,7 @@ class Config(ActorConfig):
 
     def rounds(self, steps: int, num_envs: int) -> int:
         """Updates in so many steps over all environments."""
-        if self.rollout * num_envs % self.batch:
-            raise UserError(
-                f"--batch {self.batch} must divide a rollout: --rollout {self.rollout} x --num-envs {num_envs}"
-            )
-        return steps * self.epochs // self.batch
+        return rounds(self, steps, num_envs)
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip: Tensor) -> Tensor:
@@ -105,15 +99,11 @@ class PPO(PolicyAgent):
     def prepare(self, say: Callable[[str], None]) -> dict[str, Optimizer]:
         """See `PolicyAgent.prepare`."""
         config = self.config
-        learned = (p for p in self.model.parameters() if p.requires_grad)  # a backbone may come frozen
-        self.optimizer = Adam(learned, lr=config.lr, eps=config.adam_eps, max_norm=config.max_grad_norm)
+        how: Any = dict(lr=config.lr, eps=config.adam_eps, max_norm=config.max_grad_norm)
+        self.optimizer = Adam(learned(self.model), **how)
         self._clip = torch.zeros((), device=self.compute.device)
         self._graph = guarded_compile(self._step, say) if self.compute.compile else self._step
         return {"optimizer": self.optimizer}
-
-    def memory(self, like: Any) -> Rollouts:
-        """See `PolicyAgent.memory`."""
-        return Rollouts(self.config.rollout, like)
 
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """Epochs of minibatches."""
@@ -124,22 +114,13 @@ class PPO(PolicyAgent):
         lr, metrics = self._lr(self.steps), {}
         self._clip.fill_(self._clip_at(self.steps))
         for _ in range(config.epochs):
-            for part in self._minibatches(samples):
+            for part in minibatches(samples, config.batch, self._order):
                 self.optimizer.begin(lr)
                 metrics = self._graph(*part)
                 self.updates += 1
                 if config.target_kl is not None and float(metrics["policy/kl"]) > 1.5 * config.target_kl:
                     return metrics | self._end(samples)
         return metrics | self._end(samples)
-
-    def _minibatches(self, samples: Samples) -> Iterator[Samples]:
-        """The samples in a new order, in parts of `batch`."""
-        size, batch = len(samples.advantage), self.config.batch
-        order = torch.from_numpy(self._order.permutation(size)).to(self.compute.device)
-        mixed = Samples(*(mapped(lambda leaf: leaf.index_select(0, order), part) for part in samples))
-        for start in range(0, size, batch):
-            rows = slice(start, start + batch)
-            yield Samples(*(mapped(lambda leaf, rows=rows: leaf[rows], part) for part in mixed))
 
     def _step(self, *part: Any) -> dict[str, Tensor]:
         """One gradient step on a minibatch."""

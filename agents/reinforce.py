@@ -29,7 +29,7 @@ from torch import Tensor
 from agents import returns
 from agents.a2c import actor_loss
 from agents.actor import ActorConfig, PolicyAgent, Samples
-from agents.optimizers import Adam, Optimizer
+from agents.optimizers import Adam, Optimizer, learned
 from agents.ppo import normalized, value_loss
 from replay import Episodes, Rollout, Rollouts
 from runs.config import Knob, UserError
@@ -88,12 +88,9 @@ class REINFORCE(PolicyAgent):
     def prepare(self, say: Callable[[str], None]) -> dict[str, Optimizer]:
         """See `PolicyAgent.prepare`."""
         config, model = self.config, self.model
-        policy = [*model.backbone.parameters(), *model.policy.parameters()]
-        assert model.critic is not None
-        critic = [*model.critic.parameters(), *model.value.parameters()]
         how: Any = dict(eps=1e-8, max_norm=config.max_grad_norm)
-        self.optimizer = Adam((p for p in policy if p.requires_grad), lr=config.lr, **how)
-        self._critic = Adam((p for p in critic if p.requires_grad), lr=config.value_lr, **how)
+        self.optimizer = Adam(learned(model.backbone, model.policy), lr=config.lr, **how)
+        self._critic = Adam(learned(model.evaluates, model.value), lr=config.value_lr, **how)
         self._average = 0.0  # of returns
         self._seen = False  # whether there was one
         return {"optimizer": self.optimizer, "critic": self._critic}
@@ -144,11 +141,10 @@ class REINFORCE(PolicyAgent):
 
     def _fit(self, samples: Samples) -> Tensor:
         """Move the critic towards the returns; its loss () before the last step."""
-        model, loss = self.model, torch.zeros(())
-        assert model.critic is not None
+        loss = torch.zeros(())
         for _ in range(self.config.value_epochs):
             with self.compute.autocast():
-                value = model.value(model.critic(model.seen(samples.obs))[0])
+                value = self.model.values_of(samples.obs)
             loss = value_loss(value, value, samples.return_, None)
             self._critic.begin()
             self._critic.step(torch.autograd.grad(loss, self._critic.parameters), loss.detach())

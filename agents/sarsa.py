@@ -30,7 +30,7 @@ from torch import Tensor
 import backbones
 from agents.base import default_backbone, linear
 from agents.dqn import QNet, td_loss
-from agents.optimizers import Adam
+from agents.optimizers import Adam, learned
 from agents.tables import Table
 from agents.values import EpsilonGreedy, Holder
 from backbones.compute import Compute, guarded_compile, to_device
@@ -82,8 +82,7 @@ class Net:
     ) -> None:
         """Put Adam beside the net."""
         self.net, self.compute = net.to(compute.device), compute
-        learned = (p for p in net.parameters() if p.requires_grad)  # a backbone may come frozen
-        self.optimizer = Adam(learned, lr=lr, eps=1e-8, max_norm=max_norm)
+        self.optimizer = Adam(learned(net), lr=lr, eps=1e-8, max_norm=max_norm)
         self._quick = net.quick() if compute.device == "cpu" else None
         self._graph = guarded_compile(self._step, say) if compute.compile else self._step
 

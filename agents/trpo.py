@@ -26,13 +26,11 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from agents.actor import ActorConfig, PolicyAgent, Samples
+from agents.actor import ActorConfig, PolicyAgent, Samples, minibatches, rounds
 from agents.distributions import Distribution
-from agents.optimizers import Adam, Optimizer
+from agents.optimizers import Adam, Optimizer, learned
 from agents.ppo import normalized, value_loss
 from backbones.compute import guarded_compile
-from replay import Rollouts
-from replay.tree import mapped
 from runs.config import Knob, UserError
 
 
@@ -62,11 +60,7 @@ class Config(ActorConfig):
 
     def rounds(self, steps: int, num_envs: int) -> int:
         """Updates of the critic in so many steps over all environments."""
-        if self.rollout * num_envs % self.batch:
-            raise UserError(
-                f"--batch {self.batch} must divide a rollout: --rollout {self.rollout} x --num-envs {num_envs}"
-            )
-        return steps * self.epochs // self.batch
+        return rounds(self, steps, num_envs)
 
 
 def surrogate(logp: Tensor, old_logp: Tensor, advantage: Tensor) -> Tensor:
@@ -165,19 +159,12 @@ class TRPO(PolicyAgent):
     def prepare(self, say: Callable[[str], None]) -> dict[str, Optimizer]:
         """See `PolicyAgent.prepare`."""
         config, model = self.config, self.model
-        policy = [*model.backbone.parameters(), *model.policy.parameters()]
-        self._weights = [p for p in policy if p.requires_grad]  # a backbone may come frozen
-        assert model.critic is not None
-        critic = [*model.critic.parameters(), *model.value.parameters()]
+        self._weights = learned(model.backbone, model.policy)
         how: Any = dict(lr=config.lr, eps=config.adam_eps, max_norm=config.max_grad_norm)
-        self.optimizer = Adam((p for p in critic if p.requires_grad), **how)
+        self.optimizer = Adam(learned(model.evaluates, model.value), **how)
         self._fit = guarded_compile(self._fit_step, say) if self.compute.compile else self._fit_step
         self._refused = 0
         return {"optimizer": self.optimizer}
-
-    def memory(self, like: Any) -> Rollouts:
-        """See `PolicyAgent.memory`."""
-        return Rollouts(self.config.rollout, like)
 
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """One natural step of the policy, several passes of the critic."""
@@ -227,21 +214,17 @@ class TRPO(PolicyAgent):
 
     def _value(self, samples: Samples) -> Tensor:
         """Fit the critic; its loss () in the last minibatch."""
-        size, loss, lr = len(samples.return_), torch.zeros(()), self._lr(self.steps)
+        loss, lr = torch.zeros(()), self._lr(self.steps)
         for _ in range(self.config.epochs):
-            order = torch.from_numpy(self._order.permutation(size)).to(self.compute.device)
-            for rows in order.split(self.config.batch):
+            for part in minibatches((samples.obs, samples.return_), self.config.batch, self._order):
                 self.optimizer.begin(lr)
-                obs = mapped(lambda leaf, rows=rows: leaf[rows], samples.obs)
-                loss = self._fit(obs, samples.return_[rows])
+                loss = self._fit(*part)
                 self.updates += 1
         return loss
 
     def _fit_step(self, obs: Any, return_: Tensor) -> Tensor:
-        model = self.model
-        assert model.critic is not None
         with self.compute.autocast():
-            value = model.value(model.critic(model.seen(obs))[0])
+            value = self.model.values_of(obs)
         loss = value_loss(value, value, return_, None)
         self.optimizer.step(torch.autograd.grad(loss, self.optimizer.parameters), loss.detach())
         return loss.detach()
