@@ -1,0 +1,1 @@
+"""A transformer over the last steps of the episode."""
