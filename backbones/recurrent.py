@@ -86,7 +86,7 @@ class Recurrent(Backbone, ABC):
         """See `Backbone.initial`."""
         if self.start != "normal":
             return (self._begin(n),)
-        keys = _mixed(self.key + torch.arange(n, device=self.key.device) * GOLDEN)
+        keys = splitmix(self.key + torch.arange(n, device=self.key.device) * GOLDEN)
         return self._begin(n, keys), keys
 
     def forward(self, obs: Any, state: State = (), first: Tensor | None = None) -> tuple[Tensor, State]:
@@ -239,15 +239,15 @@ def normal(keys: Tensor, count: int) -> Tensor:
     SplitMix64 in counter mode, then Box-Muller. Source: Steele et al. 2014.
     """
     pairs = torch.arange(1, (count + 1) // 2 + 1, device=keys.device)
-    bits = _mixed(_mixed(keys)[:, None] + pairs * GOLDEN)  # (N, pairs)
+    bits = splitmix(splitmix(keys)[:, None] + pairs * GOLDEN)  # (N, pairs)
     one, two = ((_shifted(bits, by) & 0xFFFFFF) for by in (40, 8))  # 24 bits each, as many as a float32 holds
     radius = (-2 * ((one + 1) / 2**24).log()).sqrt()
     angle = two * (2 * math.pi / 2**24)
     return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :count]
 
 
-def _mixed(keys: Tensor) -> Tensor:
-    """SplitMix64's finalizer; int64 wraps around as uint64 does."""
+def splitmix(keys: Tensor) -> Tensor:
+    """What SplitMix64 makes of its counter, int64 -> int64; it wraps around as uint64 does."""
     keys = (keys ^ _shifted(keys, 30)) * -0x40A7B892E31B1A47
     keys = (keys ^ _shifted(keys, 27)) * -0x6B2FB644ECCEEE15
     return keys ^ _shifted(keys, 31)
