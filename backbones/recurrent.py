@@ -1,7 +1,7 @@
 """Recurrent nets: what was seen before is summed up in a hidden state.
 
 Deviations from the course notes, 5.2:
-1. The weights W_g of [h, x] are kept as two matrices and two biases, as torch's kernels want them; the sums are the same.
+1. The weights W_g of [h, x] are two matrices and two biases, as torch's kernels want them; the sums are the same.
 2. A GRU is built as well, which the notes leave out.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -53,8 +54,9 @@ class Recurrent(Backbone, ABC):
     """
 
     memory = True
-    kernel: type[nn.RNNBase]  # torch's layers
+    kernel: type[nn.RNN] | type[nn.GRU] | type[nn.LSTM]
     carried: int  # P
+    key: Tensor  # of `normal` starts
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class Recurrent(Backbone, ABC):
             self.register_buffer("key", torch.randint(2**62, ()))
 
     @abstractmethod
-    def cell(self, x: Tensor, memory: Tensor, weights: list[Tensor]) -> Tensor:
+    def cell(self, x: Tensor, memory: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """One step of one layer: x (B, E), memory (B, P, H) -> memory (B, P, H), h first."""
 
     def initial(self, n: int) -> State:
@@ -107,7 +109,7 @@ class Recurrent(Backbone, ABC):
             return normal(keys, math.prod(shape)).view(n, *shape)
         if self.start == "learned":
             return self.learned.expand(n, *shape)
-        return torch.zeros(n, *shape, device=self.layers.weight_ih_l0.device)
+        return torch.zeros(n, *shape, device=next(self.parameters()).device)
 
     def _step(self, x: Tensor, state: State, first: Tensor | None) -> tuple[Tensor, State]:
         memory, *keys = state
@@ -141,25 +143,29 @@ class Recurrent(Backbone, ABC):
         Shapes: x (T, B, E), memory (S, P, L, H) -> (T, B, H) and the memories after (S, P, L, H).
         """
         flat, outputs, places = x.flatten(0, 1), [], []
-        at, left = found.at, found.length
+        at, left = found.at.clone(), found.length
         for power in reversed(range(int(left.max()).bit_length())):
             steps = 2**power
             some = (left & steps).nonzero()[:, 0]  # (R,) the pieces with such a block
             if len(some):
-                place = at[some] + torch.arange(steps)[:, None] * x.shape[1]  # (steps, R)
-                some, at = some.to(x.device), at.index_add(0, some, torch.full_like(some, steps * x.shape[1]))
-                places.append(place.flatten().to(x.device))
-                y, after = self._run(flat[place.to(x.device)], memory[some])
+                place = (at[some] + torch.arange(steps)[:, None] * x.shape[1]).to(x.device)  # (steps, R)
+                at[some] += steps * x.shape[1]
+                some = some.to(x.device)
+                y, after = self._run(flat[place], memory[some])
                 memory = memory.index_copy(0, some, after)
                 outputs.append(y.flatten(0, 1))
+                places.append(place.flatten())
         y = torch.cat(outputs)
         return torch.empty_like(y).index_copy(0, torch.cat(places), y).unflatten(0, x.shape[:2]), memory
 
     def _run(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """One kernel call: x (T, R, E), memory (R, P, L, H) -> (T, R, H), the memory after."""
         parts = memory.permute(1, 2, 0, 3).contiguous().unbind()  # P of (L, R, H)
-        y, after = self.layers(x, parts if len(parts) > 1 else parts[0])
-        return y, torch.stack(after if len(parts) > 1 else (after,)).permute(2, 0, 1, 3)
+        if self.carried == 1:
+            y, after = self.layers(x, parts[0])
+            return y, after.transpose(0, 1)[:, None]
+        y, after = self.layers(x, parts)
+        return y, torch.stack(after).permute(2, 0, 1, 3)
 
 
 class RNN(Recurrent):
@@ -167,7 +173,7 @@ class RNN(Recurrent):
 
     kernel, carried = nn.RNN, 1
 
-    def cell(self, x: Tensor, memory: Tensor, weights: list[Tensor]) -> Tensor:
+    def cell(self, x: Tensor, memory: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """See `Recurrent.cell`."""
         return torch.rnn_tanh_cell(x, memory[:, 0], *weights)[:, None]
 
@@ -185,7 +191,7 @@ class GRU(Recurrent):
 
     kernel, carried = nn.GRU, 1
 
-    def cell(self, x: Tensor, memory: Tensor, weights: list[Tensor]) -> Tensor:
+    def cell(self, x: Tensor, memory: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """See `Recurrent.cell`."""
         return torch.gru_cell(x, memory[:, 0], *weights)[:, None]
 
@@ -199,7 +205,7 @@ class LSTM(Recurrent):
 
     kernel, carried = nn.LSTM, 2
 
-    def cell(self, x: Tensor, memory: Tensor, weights: list[Tensor]) -> Tensor:
+    def cell(self, x: Tensor, memory: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """See `Recurrent.cell`."""
         h, c = memory.unbind(1)
         return torch.stack(torch.lstm_cell(x, (h, c), *weights), 1)
