@@ -122,6 +122,7 @@ class Recurrent(Backbone, ABC):
             x = after[-1][:, 0]
         return x, (torch.stack(after, 2), *keys)
 
+    @torch.compiler.disable  # every pass has other pieces, and would be compiled anew
     def _scan(self, x: Tensor, state: State, first: Tensor | None) -> tuple[Tensor, State]:
         """Every piece of an episode in x (T, B, E) at once."""
         memory, *keys = state
