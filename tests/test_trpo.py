@@ -49,8 +49,9 @@ def test_conjugate_gradient_solves_random_systems(size: int) -> None:
         matrix = root @ root.T + 0.1 * torch.eye(size, dtype=torch.float64)
         for scale in (1.0, 1e-7):  # a small g is no solved system
             g = scale * torch.randn(size, generator=draw, dtype=torch.float64)
-            x = conjugate_gradient(lambda v, matrix=matrix: matrix @ v, g, 5 * size)
+            x, image = conjugate_gradient(lambda v, matrix=matrix: matrix @ v, g, 5 * size)
             assert (matrix @ x - g).norm() <= 1.1e-5 * g.norm()
+            assert (matrix @ x - image).norm() <= 1e-9 * g.norm()
 
 
 def test_conjugate_gradient_stops_in_time() -> None:
@@ -60,11 +61,12 @@ def test_conjugate_gradient_stops_in_time() -> None:
         calls.append(v)
         return v * torch.tensor([1.0, 2.0, 2.0, 1.0])
 
-    x = conjugate_gradient(product, torch.tensor([1.0, 2.0, 4.0, 3.0]), 50)
+    x, _ = conjugate_gradient(product, torch.tensor([1.0, 2.0, 4.0, 3.0]), 50)
     assert x.tolist() == pytest.approx([1.0, 1.0, 2.0, 3.0]) and len(calls) == 2  # as many as eigenvalues
-    conjugate_gradient(product, torch.ones(4), 1)
+    x, image = conjugate_gradient(product, torch.ones(4), 1)  # not solved yet
     assert len(calls) == 3
-    assert conjugate_gradient(product, torch.zeros(4), 5).tolist() == [0.0] * 4 and len(calls) == 3
+    assert image.tolist() == pytest.approx((x * torch.tensor([1.0, 2.0, 2.0, 1.0])).tolist())
+    assert conjugate_gradient(product, torch.zeros(4), 5)[0].tolist() == [0.0] * 4 and len(calls) == 3
 
 
 @pytest.mark.parametrize("kind", SPACES)
