@@ -193,14 +193,16 @@ def _through(backbone: Backbone, inputs: Inputs) -> tuple[Tensor, State]:
     return features.transpose(0, 1).flatten(0, 1), state
 
 
-def sequence(config: Any) -> int:
+def sequence(config: Any, memory: bool) -> int:
     """Steps of one sequence that a net with memory learns from: as many as divide both rollout and batch.
 
-    Raises: UserError if `--sequence` does not.
+    Raises: UserError if `--sequence` does not, or there is no memory.
     """
     rollout, batch, steps = config.rollout, config.batch, config.sequence
     if steps is None:
         return math.gcd(rollout, batch)
+    if not memory:
+        raise UserError("--sequence has no effect without memory: it belongs to backbones that have one")
     if rollout % steps or batch % steps:
         raise UserError(f"--sequence {steps} must divide --rollout {rollout} and --batch {batch}")
     return steps
@@ -297,6 +299,7 @@ class PolicyAgent(ABC):
                 if trunk is not None:
                     trunk.to(torch.bfloat16)
         self._reward = RewardScaler(config.gamma) if config.normalize_reward else None
+        self._length = self.sequence
         self._optimizers = self.prepare(say)
 
     def _model(self, space: spaces.Space[Any]) -> ActorCritic:
@@ -329,7 +332,7 @@ class PolicyAgent(ABC):
     def memory(self, like: Any) -> Rollouts:
         """What collects the steps of one update; observations look like `like` (N, *S)."""
         num_envs = len(next(leaves(like))[1])
-        return Rollouts(self.config.rollout, like, self.initial(num_envs), self.sequence)
+        return Rollouts(self.config.rollout, like, self.initial(num_envs), self._length)
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function as one graph, if that is wanted; not with memory, whose work depends on where episodes end."""
@@ -423,7 +426,7 @@ class PolicyAgent(ABC):
 
     def _in_sequences(self, parts: Any) -> Samples:
         """(T, N, ...) -> (M, L, ...) with M = K N, the memory before each from (K, N, ...) to (M, ...)."""
-        steps = self.sequence or len(parts[-1])  # 0: all of them
+        steps = self._length or len(parts[-1])  # 0: all of them
 
         def cut(leaf: np.ndarray) -> np.ndarray:
             if not leaf.size:

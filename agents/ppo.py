@@ -108,7 +108,7 @@ class PPO(PolicyAgent):
     @property
     def sequence(self) -> int:
         """See `PolicyAgent.sequence`."""
-        return sequence(self.config)
+        return sequence(self.config, self.model.memory)
 
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """Epochs of minibatches."""

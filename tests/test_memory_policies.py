@@ -22,7 +22,7 @@ T, N = 12, 3
 AGENTS = ("reinforce", "a2c", "trpo", "ppo")
 NETS = ("window", "rnn", "gru", "lstm", "transformer")
 SMALL: dict[str, dict[str, Any]] = {
-    "window": dict(length=3),
+    "window": dict(window=3),
     "rnn": dict(width=8),
     "gru": dict(width=8),
     "lstm": dict(width=8),
@@ -161,7 +161,7 @@ def test_remembers_what_it_saw(name: str, net: str) -> None:
 
 def test_sequences_have_to_fit() -> None:
     with pytest.raises(UserError, match="--sequence 5 must divide --rollout 12"):
-        made("ppo", "lstm", rollout=12, batch=12, sequence=5).memory(np.zeros((2, 3), np.float32))
+        made("ppo", "lstm", rollout=12, batch=12, sequence=5)
     with pytest.raises(UserError, match="--sequence has no effect without memory"):
         agent = load("ppo")(backbone="mlp", sequence=4, rollout=12, batch=12)
         agent.build(VECTOR, spaces.Discrete(3), CPU, np.random.SeedSequence(0), print)
