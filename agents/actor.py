@@ -448,8 +448,8 @@ class PolicyAgent(ABC):
         if self._quick is not None and len(obs) <= self._rows:
             p, value = self._quick(obs)
         else:
-            if first is None and state:
-                first = np.zeros(len(state[0]), bool)
+            if first is None and self.model.memory:
+                first = np.zeros(len(next(leaves(obs))[1]), bool)
             shown = Inputs(*to_device((obs, () if first is None else first, state), self.compute.device))
             with self.compute.acting():
                 p, value, state = mapped(lambda leaf: leaf.cpu().numpy(), self._actor.step(shown))
