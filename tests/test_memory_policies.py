@@ -144,7 +144,7 @@ def test_remembers_what_it_saw(name: str, net: str) -> None:
     """A cue in the first observation is asked for after some blank ones."""
     env_id = "chordate/Memory-v0"
     quick: dict[str, dict[str, Any]] = {
-        "reinforce": dict(episodes=16, lr=1e-2, value_lr=1e-2, value_epochs=5),
+        "reinforce": dict(episodes=16, lr=3e-3, value_lr=1e-2, value_epochs=5),
         "a2c": dict(lr=5e-3, rollout=12, optimizer="adam"),
         "trpo": dict(rollout=24, batch=96, delta=0.05, lr=1e-2, epochs=4),
         "ppo": dict(rollout=24, batch=96, epochs=4, lr=1e-2),
