@@ -168,6 +168,23 @@ def test_sequences_have_to_fit() -> None:
 
 
 @every_agent
+@pytest.mark.parametrize("start", ["zero", "normal", "learned"])
+@pytest.mark.parametrize("rollout", [T, 1])  # of one step: mostly without an episode that begins
+def test_every_start_learns(name: str, start: str, rollout: int) -> None:
+    knobs = {} if name == "reinforce" else {"rollout": rollout}
+    batch = {"batch": N * rollout} if name in ("ppo", "trpo") else {}
+    agent = made(name, "lstm", net={"start": start}, **knobs, **batch)
+    before = digest(agent)
+    for seed in range(3):
+        agent.update(lived(agent, seed, rollout if knobs else T)[0])
+    assert digest(agent) != before and not agent.skipped_in_row
+    if start == "learned":
+        assert any(
+            name.endswith("learned") and p.abs().max() > 0 for name, p in agent.model.named_parameters()
+        )
+
+
+@every_agent
 def test_same_seed_same_bits(name: str) -> None:
     knobs = dict(backbone="lstm", net={"width": 8}, num_envs=2)
     one, same, other = (digest(acted(name, "CartPole-v1", 300, seed=s, **knobs)[0]) for s in (1, 1, 2))
