@@ -33,7 +33,7 @@ every_net = pytest.mark.parametrize("net", NETS)
 
 
 def made(name: str, net: str, seed: int = 0, **knobs: Any) -> PolicyAgent:
-    inner = {**SMALL[net], **knobs.pop("net", {})}
+    inner = {**SMALL[net], **knobs.pop("inner", {})}
     agent = load(name)(backbone=net, net=inner, orthogonal=False, **knobs)
     agent.build(VECTOR, spaces.Discrete(3), CPU, np.random.SeedSequence(seed), print)
     return agent
@@ -173,7 +173,7 @@ def test_sequences_have_to_fit() -> None:
 def test_every_start_learns(name: str, start: str, rollout: int) -> None:
     knobs = {} if name == "reinforce" else {"rollout": rollout}
     batch = {"batch": N * rollout} if name in ("ppo", "trpo") else {}
-    agent = made(name, "lstm", net={"start": start}, **knobs, **batch)
+    agent = made(name, "lstm", inner={"start": start}, **knobs, **batch)
     before = digest(agent)
     for seed in range(3):
         agent.update(lived(agent, seed, rollout if knobs else T)[0])
