@@ -14,7 +14,7 @@ from runs.config import Knob, UserError, check, pick
 
 EncoderKnob = Annotated[
     str | Backbone | None,
-    Knob("net below the memory, takes its own flags; by itself as seen", choices=FEEDFORWARD),
+    Knob("net below the memory; chosen by the observation", choices=FEEDFORWARD),
 ]
 
 

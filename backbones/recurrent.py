@@ -54,7 +54,7 @@ class Recurrent(Backbone, ABC):
     """
 
     memory = True
-    kernel: type[nn.RNN] | type[nn.GRU] | type[nn.LSTM]
+    kernel: type[nn.RNN] | type[nn.GRU] | type[nn.LSTM]  # torch's layers
     carried: int  # P
     key: Tensor  # of `normal` starts
 
@@ -96,7 +96,9 @@ class Recurrent(Backbone, ABC):
         x = self.encoder(obs)[0].float()
         with full_precision(x):
             state = state or self.initial(x.shape[-2])
-            return self._step(x, state, first) if x.ndim == 2 else self._scan(x, state, first)
+            if x.ndim == 2:
+                return self._step(x, state, first)
+            return self._scan(x, state, first)  # type: ignore[call-arg]  # its decorator hides that it is a method
 
     def maps(self, obs: Tensor, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """Those of the encoder."""
@@ -111,11 +113,16 @@ class Recurrent(Backbone, ABC):
             return self.learned.expand(n, *shape)
         return torch.zeros(n, *shape, device=next(self.parameters()).device)
 
-    def _step(self, x: Tensor, state: State, first: Tensor | None) -> tuple[Tensor, State]:
+    def _reset(self, state: State, first: Tensor) -> State:
+        """Begin anew in the rows where first (B,) is true."""
+        if not first.any():
+            return state
         memory, *keys = state
-        if first is not None and first.any():
-            keys = [key + first * GOLDEN for key in keys]
-            memory = torch.where(first[:, None, None, None], self._begin(len(x), *keys), memory)
+        keys = [key + first * GOLDEN for key in keys]
+        return torch.where(first[:, None, None, None], self._begin(len(first), *keys), memory), *keys
+
+    def _step(self, x: Tensor, state: State, first: Tensor | None) -> tuple[Tensor, State]:
+        memory, *keys = state if first is None else self._reset(state, first)
         after = []
         for layer, weights in enumerate(self.layers.all_weights):
             after.append(self.cell(x, memory[:, :, layer], weights))
@@ -125,14 +132,14 @@ class Recurrent(Backbone, ABC):
     @torch.compiler.disable  # every pass has other pieces, and would be compiled anew
     def _scan(self, x: Tensor, state: State, first: Tensor | None) -> tuple[Tensor, State]:
         """Every piece of an episode in x (T, B, E) at once."""
-        memory, *keys = state
-        if first is None or not first.any():
+        memory, *keys = state if first is None else self._reset(state, first[0])
+        if first is None or not first[1:].any():
             y, memory = self._run(x, memory)
             return y, (memory, *keys)
         found = pieces(first)
         keys = [key[found.row] + found.number * GOLDEN for key in keys]
         begun = torch.where(
-            found.new[:, None, None, None], self._begin(len(found.row), *keys), memory[found.row]
+            (found.number > 0)[:, None, None, None], self._begin(len(found.row), *keys), memory[found.row]
         )
         y, memory = self._in_powers(x, begun, found)
         return y, (memory[found.last], *(key[found.last] for key in keys))
@@ -213,7 +220,7 @@ class LSTM(Recurrent):
 
 
 class Pieces(NamedTuple):
-    """The S pieces of episodes in a (T, B) pass, row by row; `at` and `length` lie on the CPU.
+    """The S pieces into which resets after t = 0 cut a (T, B) pass, row by row; `at` and `length` lie on the CPU.
 
     Shapes: all (S,) but last (B,).
     """
@@ -221,22 +228,19 @@ class Pieces(NamedTuple):
     at: Tensor  # t B + b of the first step
     length: Tensor  # steps
     row: Tensor  # b
-    number: Tensor  # how many episodes began in the row up to here
-    new: Tensor  # whether an episode begins with it
+    number: Tensor  # how many of the row are before it
     last: Tensor  # the piece in which each row ends
 
 
 def pieces(first: Tensor) -> Pieces:
-    """Cut first (T, B) where episodes begin, and at t = 0."""
-    device, rows = first.device, first.T.cpu()  # (B, T)
-    n, steps = rows.shape
-    cut = rows.clone()
+    """Cut first (T, B) at t = 0 and wherever an episode begins."""
+    device, cut = first.device, first.T.cpu().clone()  # (B, T)
     cut[:, 0] = True
+    n, steps = cut.shape
     row, t = cut.nonzero().unbind(1)
-    where = row * steps + t
-    length = torch.diff(where, append=torch.tensor([n * steps]))
-    number, new, last = rows.cumsum(1)[row, t], rows[row, t], cut.sum(1).cumsum(0) - 1
-    on_device = (part.to(device) for part in (row, number, new, last))
+    length = torch.diff(row * steps + t, append=torch.tensor([n * steps]))
+    ends = cut.sum(1).cumsum(0)
+    on_device = (part.to(device) for part in (row, cut.cumsum(1)[row, t] - 1, ends - 1))
     return Pieces(t * n + row, length, *on_device)
 
 

@@ -428,8 +428,8 @@ def test_pieces_by_hand() -> None:
     first = torch.tensor([[0, 1], [0, 0], [1, 0], [1, 0]], dtype=torch.bool)  # (T, B) = (4, 2)
     found = pieces(first)
     assert found.at.tolist() == [0, 4, 6, 1] and found.length.tolist() == [2, 1, 1, 4]
-    assert found.row.tolist() == [0, 0, 0, 1] and found.number.tolist() == [0, 1, 2, 1]
-    assert found.new.tolist() == [False, True, True, True] and found.last.tolist() == [2, 3]
+    assert found.row.tolist() == [0, 0, 0, 1] and found.number.tolist() == [0, 1, 2, 0]
+    assert found.last.tolist() == [2, 3]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 16, 37])
