@@ -104,6 +104,10 @@ def owners(agent: str, backbone: str, encoder: str | None = None) -> dict[str, C
             )
         net = {f"backbone {backbone}": Table if backbone == "table" else backbones.load(backbone)}
         if backbone in backbones.MEMORY and encoder is not None:
+            if type(encoder) is not str:
+                raise UserError(
+                    f"an encoder object belongs into a backbone object, of {backbone} in this case"
+                )
             check(backbones.load(backbone), {"encoder": encoder})
             net[f"encoder {encoder}"] = backbones.load(encoder)
     return {
