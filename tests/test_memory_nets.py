@@ -597,3 +597,37 @@ def test_positions_matter() -> None:
         obs = torch.randn(5, 1, 3)
         swapped = obs[[1, 0, 2, 3, 4]]
         assert not torch.allclose(net(obs)[0][4], net(swapped)[0][4], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        ("window", {"window": 4}),
+        *((name, knobs) for name in ("rnn", "gru", "lstm") for knobs in ({"width": 12}, {"layers": 2})),
+        *((name, {"start": "normal"}) for name in ("rnn", "gru", "lstm")),
+        *(
+            ("transformer", knobs)
+            for knobs in (
+                {"width": 12},
+                {"layers": 3},
+                {"heads": 4},
+                {"context": 3},
+                {"positions": "sinusoidal"},
+                {"positions": "learned"},
+                {"gate": True},
+            )
+        ),
+    ],
+)
+def test_every_knob_is_live(name: str, knobs: dict[str, Any]) -> None:
+    plain: dict[str, Any] = {
+        "window": {"window": 3},
+        "transformer": {"width": 8, "heads": 2, "layers": 2, "context": 5},
+    }.get(name, {"width": 8})
+    results = []
+    for changed in ({}, knobs):
+        torch.manual_seed(1)
+        results.append(
+            build(name, VECTOR, encoder="mlp", hidden=(6,), **{**plain, **changed})(observe(VECTOR, T, B))[0]
+        )
+    assert results[0].shape != results[1].shape or not torch.equal(*results)
