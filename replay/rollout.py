@@ -27,6 +27,8 @@ class Step(NamedTuple):
     logp: np.ndarray
     value: np.ndarray
     next_obs: Any  # where an episode was truncated; else None
+    state: tuple[Any, ...] | None  # before this step, where it is kept
+    after: tuple[Any, ...] | None  # behind it, where next_obs is kept
 
 
 ARRAYS = ("action", "reward", "terminated", "truncated", "first", "logp", "value")  # fields without a tree
@@ -35,11 +37,15 @@ ARRAYS = ("action", "reward", "terminated", "truncated", "first", "logp", "value
 class Rollouts:
     """T steps of N environments."""
 
-    def __init__(self, length: int, like: Any) -> None:
-        """Full after `length` steps of each environment, whose observations look like `like` (N, *S)."""
-        self.length, self._like = length, like
+    def __init__(self, length: int, like: Any, state: tuple[Any, ...] = (), every: int = 0) -> None:
+        """Full after `length` steps of each environment, whose observations look like `like` (N, *S).
+
+        `state`: what an agent with memory remembers before the first step; kept before every `every` steps.
+        """
+        self.length, self._like, self._every = length, like, every or length
         self._steps: list[Step] = []
         self._next: Any = None  # the successor of the last step
+        self._state = state  # behind the last step
 
     def add(self, transition: Transition, decision: Decision) -> None:
         """Remember a step and the decision behind it."""
@@ -47,6 +53,9 @@ class Rollouts:
         if self._steps and np.count_nonzero(transition.first):
             self._seal(transition.first)
         self._next = transition.next_obs
+        cut = bool(np.count_nonzero(truncated))
+        kept = self._state if self._every and len(self._steps) % self._every == 0 else None
+        self._state = decision.state
         self._steps.append(
             Step(
                 mapped(np.array, transition.obs),  # the env may write into its own again
@@ -57,7 +66,9 @@ class Rollouts:
                 transition.first,
                 NOTHING if decision.logp is None else decision.logp,
                 NOTHING if decision.value is None else decision.value,
-                transition.next_obs if np.count_nonzero(truncated) else None,
+                transition.next_obs if cut else None,
+                kept,
+                decision.state if cut else None,
             )
         )
 
@@ -76,36 +87,49 @@ class Rollouts:
         steps, self._steps = self._steps, []
         arrays = {name: _column(steps, name) for name in ARRAYS}
         at, of = np.nonzero(arrays["truncated"])
-        cut = _cut(steps, at, of, last_obs)
-        obs = mapped(lambda *column: np.stack(column), *(step.obs for step in steps))
-        return Rollout(**arrays, obs=obs, cut_obs=cut, last_obs=last_obs, last=last, state=())
+        obs = _stacked([step.obs for step in steps])
+        return Rollout(
+            **arrays,
+            obs=obs,
+            cut_obs=_rows([step.next_obs for step in steps], at, of, last_obs),
+            last_obs=last_obs,
+            last=last,
+            state=_stacked([step.state for step in steps if step.state is not None] or [self._state]),
+            cut_state=_rows([step.after for step in steps], at, of, self._state),
+            last_state=self._state,
+        )
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The steps so far."""
-        if not self._steps:
-            return {}
-        state = {name: _column(self._steps, name) for name in ARRAYS}
-        cut = [step.next_obs for step in self._steps if step.next_obs is not None]
+        """The steps so far, and what is remembered behind them."""
+        state = {name: _column(self._steps, name) for name in ARRAYS} if self._steps else {}
         for name, trees in (
             ("obs", [step.obs for step in self._steps]),
-            ("cut", cut),
-            ("next", [self._next]),
+            ("cut", [step.next_obs for step in self._steps]),
+            ("next", [self._next] if self._steps else []),
+            ("state", [step.state for step in self._steps]),
+            ("after", [step.after for step in self._steps]),
+            ("memory", [self._state]),
         ):
-            for k, column in enumerate(zip(*(map(_leaf, leaves(tree)) for tree in trees), strict=True)):
+            columns = zip(*(map(_leaf, leaves(tree)) for tree in trees if tree is not None), strict=True)
+            for k, column in enumerate(columns):
                 state[f"{name}.{k}"] = np.stack(column)
         return state
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Take back what `state_dict` gave."""
-        self._steps, cuts = [], 0
+        self._steps, cuts, kept = [], 0, 0
         for t, truncated in enumerate(state.get("truncated", ())):
-            obs, cut = _tree(state, "obs", t, self._like), None
+            obs, cut, after, before = _tree(state, "obs", t, self._like), None, None, None
             if truncated.any():
-                cut, cuts = _tree(state, "cut", cuts, self._like), cuts + 1
+                cut, after = _tree(state, "cut", cuts, self._like), _tree(state, "after", cuts, self._state)
+                cuts += 1
+            if self._every and t % self._every == 0:
+                before, kept = _tree(state, "state", kept, self._state), kept + 1
             arrays = {name: state[name][t] for name in ARRAYS}
-            self._steps.append(Step(**arrays, obs=obs, next_obs=cut))
+            self._steps.append(Step(**arrays, obs=obs, next_obs=cut, state=before, after=after))
         if self._steps:
             self._next = _tree(state, "next", 0, self._like)
+        self._state = _tree(state, "memory", 0, self._state)
 
     def _seal(self, first: np.ndarray) -> None:
         """Where an episode begins (N,) though none ended, the one before was lost: it counts as truncated."""
@@ -113,7 +137,9 @@ class Rollouts:
         broken = first & ~(step.terminated | step.truncated)
         if np.count_nonzero(broken):
             own = step.next_obs if step.next_obs is not None else self._next
-            self._steps[-1] = step._replace(truncated=step.truncated | broken, next_obs=own)
+            self._steps[-1] = step._replace(
+                truncated=step.truncated | broken, next_obs=own, after=self._state
+            )
 
     def unchanged(self) -> tuple[str, ...]:
         """Nothing of it can be taken over from the checkpoint before."""
@@ -130,9 +156,9 @@ class Episodes(Rollouts):
     keeps all its steps here.
     """
 
-    def __init__(self, count: int, like: Any) -> None:
+    def __init__(self, count: int, like: Any, state: tuple[Any, ...] = ()) -> None:
         """Full after `count` finished episodes, over all environments; see `Rollouts`."""
-        super().__init__(0, like)
+        super().__init__(0, like, state)
         self.count, self._finished = count, 0
         self._begin: np.ndarray | None = None  # (N,) the first step of the unfinished episode of each env
 
@@ -164,8 +190,12 @@ class Episodes(Rollouts):
         return whole._replace(
             **arrays,
             obs=mapped(lambda leaf: leaf[at, of][:, None], whole.obs),
-            cut_obs=_cut(steps, at[cut], of[cut], last_obs),
+            cut_obs=_rows([step.next_obs for step in steps], at[cut], of[cut], last_obs),
             last_obs=mapped(lambda leaf: leaf[:1], last_obs),
+            # every episode starts anew: these are not read, but have to be there
+            state=mapped(lambda leaf: leaf[:, :1], whole.state),
+            cut_state=_rows([step.after for step in steps], at[cut], of[cut], whole.last_state),
+            last_state=mapped(lambda leaf: leaf[:1], whole.last_state),
         )
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -182,14 +212,16 @@ class Episodes(Rollouts):
 def pack(decision: Decision) -> dict[str, np.ndarray]:
     """A decision as arrays by name, for a checkpoint."""
     drawn = {"sample": decision.sample, "logp": decision.logp, "value": decision.value}
-    action = {f"action.{k}": leaf for k, (_, leaf) in enumerate(leaves(decision.action))}
-    return action | {name: array for name, array in drawn.items() if array is not None}
+    trees = {"action": decision.action, "state": decision.state}
+    packed = {f"{name}.{k}": leaf for name, tree in trees.items() for k, (_, leaf) in enumerate(leaves(tree))}
+    return packed | {name: array for name, array in drawn.items() if array is not None}
 
 
 def unpack(arrays: dict[str, np.ndarray], like: Any) -> Decision:
     """The decision that `pack` packed; `like` is an action, for the shape of its tree."""
     parts = (arrays[f"action.{k}"] for k, _ in enumerate(leaves(like)))
-    return Decision(filled(like, parts), (), *map(arrays.get, ("sample", "logp", "value")))
+    state = tuple(arrays[f"state.{k}"] for k in range(sum(name.startswith("state.") for name in arrays)))
+    return Decision(filled(like, parts), state, *map(arrays.get, ("sample", "logp", "value")))
 
 
 def _column(steps: list[Step], name: str) -> np.ndarray:
@@ -200,12 +232,15 @@ def _leaf(found: tuple[Any, Any]) -> Any:
     return found[1]
 
 
-def _cut(steps: list[Step], at: np.ndarray, of: np.ndarray, like: Any) -> Any:
-    """The true successors (C, *S) of the steps `at` of the envs `of`, where episodes were truncated."""
-    rows = [mapped(lambda leaf, n=n: leaf[n], steps[t].next_obs) for t, n in zip(at, of, strict=True)]
-    if not rows:
-        return mapped(lambda leaf: leaf[:0], like)
-    return mapped(lambda *column: np.stack(column), *rows)
+def _stacked(trees: list[Any]) -> Any:
+    """One tree, the leaves of all stacked on a new first axis."""
+    return mapped(lambda *column: np.stack(column), *trees)
+
+
+def _rows(trees: list[Any], at: np.ndarray, of: np.ndarray, like: Any) -> Any:
+    """Of the trees `at` the rows of the envs `of`, (C, ...): what lies behind truncated steps."""
+    rows = [mapped(lambda leaf, n=n: leaf[n], trees[t]) for t, n in zip(at, of, strict=True)]
+    return _stacked(rows) if rows else mapped(lambda leaf: leaf[:0], like)
 
 
 def _tree(state: dict[str, np.ndarray], name: str, row: int, like: Any) -> Any:

@@ -63,7 +63,7 @@ class Decision(NamedTuple):
     """What an agent decided for N environments, and the memory it carries to the next step."""
 
     action: Any  # (N, *A), as the environment takes it; a dict or tuple of such in Dict and Tuple spaces
-    state: tuple[Any, ...]  # () for agents without memory
+    state: tuple[Any, ...]  # (N, ...) after this observation; () for agents without memory
     sample: np.ndarray | None = None  # (N, K) float32: what the policy drew, before it became the action
     logp: np.ndarray | None = None  # (N,) its log-probability
     value: np.ndarray | None = None  # (N,) what the critic expects
@@ -88,4 +88,7 @@ class Rollout(NamedTuple):
     cut_obs: Any  # (C, *S) true successors of the truncated steps, in the order of np.nonzero(truncated)
     last_obs: Any  # (N, *S) what is seen after the last step
     last: Decision  # there, of agents that commit to it; else the one before
-    state: tuple[Any, ...]  # memory before the first step
+    # of agents with memory, else (): what they remembered
+    state: tuple[Any, ...] = ()  # (K, N, ...) before every k-th step, the first among them
+    cut_state: tuple[Any, ...] = ()  # (C, ...) before cut_obs was seen
+    last_state: tuple[Any, ...] = ()  # (N, ...) before last_obs was seen
