@@ -269,7 +269,8 @@ class Ring:
     def _prefer(self, preferred: Preferred, base: np.ndarray, count: np.ndarray) -> None:
         """Slots that leave the window of starts lose their priority; those that enter it get the highest."""
         leaving, entering = count - self.slots + self.stack - 2, count - self.n_step - 1
-        tree, turned = preferred.tree, base[count == self.slots + 1]  # until its first turn a lane begins at its first slot
+        tree = preferred.tree
+        turned = base[count == self.slots + 1]  # until its first turn a lane begins at its first slot
         tree.set((turned[:, None] + np.arange(self.stack)).ravel(), 0.0)
         tree.set((base + leaving % self.slots)[count > self.slots], 0.0)
         slot = (base + entering % self.slots)[entering >= 0]
