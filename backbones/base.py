@@ -24,7 +24,6 @@ class Backbone(nn.Module, ABC):
     """
 
     features: int  # F
-    memory = False  # whether it carries a state from step to step
 
     def initial(self, n: int) -> State:
         """The state of `n` environments before their first observation."""

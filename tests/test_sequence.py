@@ -265,7 +265,7 @@ def test_starts_are_drawn_uniformly() -> None:
 @pytest.mark.parametrize("priority", [None, PRIORITY])
 @pytest.mark.parametrize("steps", [0, 7, 150])
 def test_state_dict_round_trip(priority: Priority | None, steps: int) -> None:
-    model, replay = played(steps, priority=priority)
+    _, replay = played(steps, priority=priority)
     if len(replay):
         index = replay.sample(9).index
         replay.update_priority(index, torch.linspace(0, 5, 9))
