@@ -24,17 +24,22 @@ class Backbone(nn.Module, ABC):
     """
 
     features: int  # F
+    memory = False  # whether a state is carried from step to step
 
     def initial(self, n: int) -> State:
-        """The state of `n` environments before their first observation."""
+        """The state of `n` environments before their first observation.
+
+        Every tensor has the environments on axis 0, is float32 or int64, and lies on the device of the weights.
+        """
         return ()
 
     @abstractmethod
     def forward(self, obs: Any, state: State = (), first: Tensor | None = None) -> tuple[Tensor, State]:
-        """Features of observations.
+        """Features of observations, and the state after the last of them.
 
-        Shapes: obs (B, *S) -> (B, F), or (T, B, *S) -> (T, B, F). Where `first` (B,) or (T, B) is true, the state is
-            reset before use.
+        One pass over (T, B) equals T single steps, in values and in gradients.
+        Shapes: obs (B, *S) -> (B, F), or (T, B, *S) -> (T, B, F). `state` is that before t = 0; () means
+            `initial(B)`. Where `first` (B,) or (T, B) is true, the row's state is an initial one before use.
         """
 
     def quick(self) -> Quick | None:
