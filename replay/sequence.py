@@ -52,7 +52,7 @@ class SequenceRing:
         **ring: Any,
     ) -> None:
         """Reserve memory for whole strides of slots; `state` (1, ...) is what one environment remembers."""
-        self.length, self.burn_in, self.stride = length, burn_in, max(length // 2, 1)
+        self.length, self.burn_in, self.stride = length, burn_in, self.apart(length)
         self.span = burn_in + length + n_step  # T
         self._starts = capacity // num_envs // self.stride  # K, slots of one lane where a sequence may begin
         least = -(-(self.span + stack + self.stride - 1) // self.stride)
@@ -69,6 +69,11 @@ class SequenceRing:
         self._state = [np.zeros((starts, *leaf.shape[1:]), _array(leaf).dtype) for leaf in state]
         self._lane = np.arange(num_envs)
         self.preferred = Preferred(starts, priority) if priority else None
+
+    @staticmethod
+    def apart(length: int) -> int:
+        """The stride: how far apart sequences begin of which `length` steps are learned."""
+        return max(length // 2, 1)
 
     @property
     def nbytes(self) -> int:
