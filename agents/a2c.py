@@ -15,15 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from agents.actor import ActorConfig, PolicyAgent, Samples
+from agents.actor import ActorConfig, Inputs, PolicyAgent, Samples
 from agents.optimizers import OPTIMIZERS, Optimizer, learned
 from agents.ppo import normalized, value_loss
-from backbones.compute import guarded_compile
 from runs.config import Knob
 
 
@@ -61,21 +60,22 @@ class A2C(PolicyAgent):
         config = self.config
         how = dict(lr=config.lr, eps=config.optimizer_eps, max_norm=config.max_grad_norm)
         self.optimizer = OPTIMIZERS[config.optimizer](learned(self.model), **how)
-        self._graph = guarded_compile(self._step, say) if self.compute.compile else self._step
+        self._graph = self.compiled(self._step)
         return {"optimizer": self.optimizer}
 
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """One gradient step."""
         self.compute.learning()
         self.optimizer.begin(self._lr(self.steps))
-        metrics = self._graph(samples.obs, samples.action, samples.advantage, samples.return_)
+        samples = samples.joined
+        metrics = self._graph(samples.inputs, samples.action, samples.advantage, samples.return_)
         self.updates += 1
         return metrics
 
-    def _step(self, obs: Any, action: Tensor, advantage: Tensor, return_: Tensor) -> dict[str, Tensor]:
+    def _step(self, inputs: Inputs, action: Tensor, advantage: Tensor, return_: Tensor) -> dict[str, Tensor]:
         config = self.config
         with self.compute.autocast():
-            p, value = self.model(obs)
+            p, value = self.model(inputs)
         if config.normalize_advantage:
             advantage = normalized(advantage)
         of_policy = actor_loss(self.distribution.log_prob(p, action), advantage)

@@ -8,6 +8,7 @@ An agent on top of it adds the loss. Data flow of one update:
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,15 +22,15 @@ from torch import Tensor, nn
 import backbones
 from agents import returns
 from agents.base import State, linear
-from agents.distributions import Categorical, Distribution, masked, of_space
+from agents.distributions import masked, of_space
 from agents.heads import SPREADS, PolicyHead, ValueHead
 from agents.normalize import ObsNormalizer, RewardScaler
 from agents.optimizers import Optimizer
 from backbones.base import Backbone
-from backbones.compute import Compute, copy_weights, to_device
+from backbones.compute import Compute, copy_weights, guarded_compile, to_device
 from envs.mask import MASK, is_masked
 from replay import Decision, Rollout, Rollouts, Update
-from replay.tree import mapped
+from replay.tree import leaves, mapped
 from runs.config import Knob, RunFailed, UserError, check
 
 
@@ -58,65 +59,101 @@ class ActorConfig:
             raise UserError("--lr-steps has no effect without --lr-end")
 
 
-class Samples(NamedTuple):
-    """A rollout to learn from, its T N steps in a row."""
+class Inputs(NamedTuple):
+    """What the nets are shown. Without memory: B single steps. With memory: M sequences of L steps, B = M L."""
 
-    obs: Any  # (B, *S)
+    obs: Any  # (B, *S), or (M, L, *S)
+    first: Any = ()  # (M, L) bool, where an episode begins
+    state: State = ()  # (M, ...) what was remembered before the first step
+
+
+class Samples(NamedTuple):
+    """A rollout to learn from, its T N steps in a row, or cut into sequences (M, L) for nets with memory."""
+
+    inputs: Inputs
     action: Tensor  # (B, K) what the policy drew
     logp: Tensor  # (B,) then, or (0,) if nobody compares
     value: Tensor  # (B,) V(s) then
     advantage: Tensor  # (B,)
     return_: Tensor  # (B,) what the critic should have said
 
+    @property
+    def joined(self) -> Samples:
+        """With the steps of all sequences in a row, as the losses want them; the inputs stay."""
+        if not self.inputs.state:
+            return self
+        rest = (leaf.flatten(0, 1) if leaf.ndim > 1 else leaf for leaf in self[1:])
+        return Samples(self.inputs, *rest)
+
+
+def samples_of(part: tuple[Any, ...]) -> Samples:
+    """A part that `minibatches` gave, ready for a loss."""
+    return Samples(Inputs(*part[0]), *part[1:]).joined
+
 
 class ActorCritic(nn.Module):
-    """A backbone with a policy head, and a critic on the same or another backbone."""
+    """A backbone with a policy head, and a critic on the same or another backbone.
+
+    Of sequences in M L features come out in the same order: all steps of the first, then those of the second.
+    """
 
     def __init__(
         self,
         backbone: Backbone,
         critic: Backbone | None,
-        distribution: Distribution,
-        config: ActorConfig,
-        space: spaces.Space[Any],
-        actions: spaces.Space[Any],
-        new: bool = True,
+        policy: PolicyHead,
+        normalizer: ObsNormalizer | None = None,
+        masked: bool = False,
     ) -> None:
-        """Put new heads on the backbones for observations of a space; `critic` None: it shares that of the policy.
-
-        `new`: the backbones were made for this agent, and may be given other weights.
-        """
+        """Put a new value head on `critic`, or on the policy's own backbone; `masked`: observations hold a mask."""
         super().__init__()
-        self.masked = is_masked(space) and isinstance(actions, spaces.Discrete)
-        self.normalizer = ObsNormalizer(space) if config.normalize_obs else None
+        self.masked, self.normalizer = masked, normalizer
         self.backbone, self.critic = backbone, critic
-        self.policy = PolicyHead(backbone.features, distribution, config.spread, config.log_std)
-        self.value = ValueHead((critic or backbone).features)
-        if config.orthogonal:
-            for trunk in [trunk for trunk in (backbone, critic) if trunk is not None and new]:
-                orthogonal(trunk, 2**0.5)
-            orthogonal(self.policy, 0.01)
-            orthogonal(self.value, 1.0)
+        self.policy, self.value = policy, ValueHead((critic or backbone).features)
+        self.memory = backbone.memory or (critic is not None and critic.memory)
+        self._own = len(backbone.initial(1))  # tensors of the policy's memory
 
-    def forward(self, obs: Any) -> tuple[Tensor, Tensor]:
-        """Parameters of the policy (B, P) and values (B,) of obs (B, *S)."""
-        obs = self.seen(obs)
-        features = self.backbone(obs)[0]
-        of_critic = features if self.critic is None else self.critic(obs)[0]
-        return self.limited(self.policy(features), obs), self.value(of_critic)
+    def start(self, new: bool) -> None:
+        """Orthogonal weights; `new`: of the backbones too, which were made for this agent."""
+        for trunk in [trunk for trunk in (self.backbone, self.critic) if trunk is not None and new]:
+            orthogonal(trunk, 2**0.5)
+        orthogonal(self.policy, 0.01)
+        orthogonal(self.value, 1.0)
 
-    def parameters_of(self, obs: Any) -> Tensor:
+    def initial(self, n: int) -> State:
+        """What is remembered at first: of the policy, then of a critic of its own."""
+        return self.backbone.initial(n) + (() if self.critic is None else self.critic.initial(n))
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Parameters of the policy (B, P) and values (B,)."""
+        p, value, _ = self.step(inputs)
+        return p, value
+
+    def step(self, inputs: Inputs) -> tuple[Tensor, Tensor, State]:
+        """The same, and what is remembered then."""
+        obs, first, state = self.seen(inputs.obs), inputs.first, inputs.state
+        features, after = _through(self.backbone, Inputs(obs, first, state[: self._own]))
+        of_critic, also = features, ()
+        if self.critic is not None:
+            of_critic, also = _through(self.critic, Inputs(obs, first, state[self._own :]))
+        return self.limited(self.policy(features), obs), self.value(of_critic), after + also
+
+    def parameters_of(self, inputs: Inputs) -> Tensor:
         """The policy alone."""
-        obs = self.seen(obs)
-        return self.limited(self.policy(self.backbone(obs)[0]), obs)
+        obs = self.seen(inputs.obs)
+        own = Inputs(obs, inputs.first, inputs.state[: self._own])
+        return self.limited(self.policy(_through(self.backbone, own)[0]), obs)
+
+    def values_of(self, inputs: Inputs) -> Tensor:
+        """The critic alone."""
+        shared = self.critic is None
+        state = inputs.state if shared else inputs.state[self._own :]
+        own = Inputs(self.seen(inputs.obs), inputs.first, state)
+        return self.value(_through(self.evaluates, own)[0])
 
     def limited(self, p: Tensor, obs: Any) -> Tensor:
         """Logits without the actions that the observation forbids."""
-        return masked(p, obs[MASK]) if self.masked else p
-
-    def values_of(self, obs: Any) -> Tensor:
-        """The critic alone."""
-        return self.value(self.evaluates(self.seen(obs))[0])
+        return masked(p, obs[MASK].reshape(p.shape)) if self.masked else p
 
     @property
     def evaluates(self) -> Backbone:
@@ -127,12 +164,13 @@ class ActorCritic(nn.Module):
         """Observations as the backbones get them."""
         return obs if self.normalizer is None else self.normalizer(obs)
 
-    def quick(self) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None:
-        """`forward` in numpy for at most `rows` observations, where all parts have that form."""
+    def quick(self) -> tuple[Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], int] | None:
+        """`forward` in numpy for so many observations at most, where all parts have that form."""
         trunk, head, value = self.backbone.quick(), self.policy.quick(), self.value.quick()
         critic = trunk if self.critic is None else self.critic.quick()
         if trunk is None or head is None or value is None or critic is None:
             return None
+        seen = None if self.normalizer is None else self.normalizer.quick()
         shared = self.critic is None
 
         def run(obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -140,11 +178,34 @@ class ActorCritic(nn.Module):
             features = trunk(x)
             return head(features), value(features if shared else critic(x))[:, 0]
 
-        seen = None if self.normalizer is None else self.normalizer.quick()
-        self.rows = min(part.rows for part in (trunk, critic, head, value))
-        return run
+        return run, min(part.rows for part in (trunk, critic, head, value))
 
-    rows = 0  # of `quick`
+
+def _through(backbone: Backbone, inputs: Inputs) -> tuple[Tensor, State]:
+    """Features (B, F) and the memory afterwards."""
+    obs, first, state = inputs
+    if not backbone.memory:
+        return backbone(obs)
+    if first.ndim == 1:
+        return backbone(obs, state, first)
+    # backbones want time first: (M, L, *S) -> (L, M, *S), and back
+    features, state = backbone(mapped(lambda leaf: leaf.transpose(0, 1), obs), state, first.T)
+    return features.transpose(0, 1).flatten(0, 1), state
+
+
+def sequence(config: Any, memory: bool) -> int:
+    """Steps of one sequence that a net with memory learns from: as many as divide both rollout and batch.
+
+    Raises: UserError if `--sequence` does not, or there is no memory.
+    """
+    rollout, batch, steps = config.rollout, config.batch, config.sequence
+    if steps is None:
+        return math.gcd(rollout, batch)
+    if not memory:
+        raise UserError("--sequence has no effect without memory: it belongs to backbones that have one")
+    if rollout % steps or batch % steps:
+        raise UserError(f"--sequence {steps} must divide --rollout {rollout} and --batch {batch}")
+    return steps
 
 
 def rounds(config: Any, steps: int, num_envs: int) -> int:
@@ -159,11 +220,15 @@ def rounds(config: Any, steps: int, num_envs: int) -> int:
 
 
 def minibatches(parts: tuple[Any, ...], size: int, rng: np.random.Generator) -> Iterator[tuple[Any, ...]]:
-    """Samples (B, ...) in a new order, `size` at a time; put in order once, so that each is a view."""
-    count = len(parts[-1])
-    order = torch.from_numpy(rng.permutation(count)).to(parts[-1].device)
+    """Samples in a new order, `size` at a time; put in order once, so that each is a view.
+
+    Shapes: every leaf (B, ...), or of sequences (M, L, ...), which stay whole.
+    """
+    last = parts[-1]
+    order = torch.from_numpy(rng.permutation(len(last))).to(last.device)
     mixed = mapped(lambda leaf: leaf.index_select(0, order), tuple(parts))
-    for start in range(0, count, size):
+    size //= last[0].numel()
+    for start in range(0, len(last), size):
         yield mapped(lambda leaf, start=start: leaf[start : start + size], mixed)
 
 
@@ -218,38 +283,38 @@ class PolicyAgent(ABC):
         """See `Agent.build`."""
         config, self.compute, self._say = self.config, compute, say
         self.distribution = of_space(action_space, squash=config.squash)
+        self._actions = int(action_space.n) if isinstance(action_space, spaces.Discrete) else 0
         weights, exploration, order = seed.spawn(3)
         self._rng, self._order = np.random.default_rng(exploration), np.random.default_rng(order)
         with torch.random.fork_rng(devices=[]):  # torch's initialisers take no generator
             torch.manual_seed(int(weights.generate_state(1, np.uint64)[0] >> 1))
-            name = self.backbone or backbones.default(observation_space)
-            trunk = backbones.build(name, observation_space, **self.net)
-            critic = None
-            if config.separate:
-                # an object is there once: the critic starts as a copy of it
-                own = backbones.build(name, observation_space, **self.net)
-                critic = own if isinstance(name, str) else copy.deepcopy(own)
-            # a backbone that was given as an object keeps its weights
-            parts = (
-                trunk,
-                critic,
-                self.distribution,
-                config,
-                observation_space,
-                action_space,
-                isinstance(name, str),
-            )
-            self.model = ActorCritic(*parts).to(compute.device)
-        self._quick = self.model.quick() if compute.device == "cpu" else None
+            self.model = self._model(observation_space).to(compute.device)
+        quick = self.model.quick() if compute.device == "cpu" else None
+        self._quick, self._rows = quick or (None, 0)
         self._actor = self.model
-        if compute.precision == "bf16" and self._quick is None:
+        if compute.precision == "bf16" and self._quick is None and not self.model.memory:
             # holds, in bf16, what autocast would cast the weights to each time
             self._actor = copy.deepcopy(self.model).requires_grad_(False)
             for trunk in (self._actor.backbone, self._actor.critic):
                 if trunk is not None:
                     trunk.to(torch.bfloat16)
         self._reward = RewardScaler(config.gamma) if config.normalize_reward else None
+        self._length = self.sequence
         self._optimizers = self.prepare(say)
+
+    def _model(self, space: spaces.Space[Any]) -> ActorCritic:
+        config, name = self.config, self.backbone or backbones.default(space)
+        trunk, critic = backbones.build(name, space, **self.net), None
+        if config.separate:
+            # an object is there once: the critic starts as a copy of it
+            own = backbones.build(name, space, **self.net)
+            critic = own if isinstance(name, str) else copy.deepcopy(own)
+        normalizer = ObsNormalizer(space) if config.normalize_obs else None
+        policy = PolicyHead(trunk.features, self.distribution, config.spread, config.log_std)
+        model = ActorCritic(trunk, critic, policy, normalizer, is_masked(space) and self._actions > 0)
+        if config.orthogonal:
+            model.start(new=isinstance(name, str))  # a backbone that was given as an object keeps its weights
+        return model
 
     @abstractmethod
     def prepare(self, say: Callable[[str], None]) -> dict[str, Optimizer]:
@@ -259,9 +324,21 @@ class PolicyAgent(ABC):
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """Improve policy and critic; returns metrics."""
 
+    @property
+    def sequence(self) -> int:
+        """Steps of one sequence that a net with memory learns from."""
+        return self.config.rollout
+
     def memory(self, like: Any) -> Rollouts:
         """What collects the steps of one update; observations look like `like` (N, *S)."""
-        return Rollouts(self.config.rollout, like)
+        num_envs = len(next(leaves(like))[1])
+        return Rollouts(self.config.rollout, like, self.initial(num_envs), self._length)
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function as one graph, if that is wanted; not with memory, whose work depends on where episodes end."""
+        if not self.compute.compile or self.model.memory:
+            return function
+        return guarded_compile(function, self._say)
 
     def estimate(self, rollout: Rollout, reward: np.ndarray, next_value: np.ndarray) -> tuple[Any, Any]:
         """Advantages and the critic's targets, both (T, N): GAE, and R = A + V."""
@@ -286,34 +363,29 @@ class PolicyAgent(ABC):
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def initial(self, n: int) -> State:
-        """No memory."""
-        return ()
+        """What is remembered before the first observation, as arrays."""
+        return mapped(lambda leaf: leaf.detach().cpu().numpy(), self.model.initial(n))
 
     def act(self, obs: Any, first: np.ndarray, state: State, step: int) -> Decision:
         """Draw from the policy."""
         noise = self.distribution.noise(self._rng, len(first))
-        p, value = self._forward(obs)
-        with torch.inference_mode():
-            sample = self.distribution.sample(p, torch.from_numpy(noise))
-            logp = self.distribution.log_prob(p, sample).numpy() if self.compares else None
-        drawn = sample.numpy()
-        return Decision(self.distribution.action(drawn), state, drawn, logp, value)
+        p, value, state = self._forward(obs, first, state)
+        drawn, logp = self.distribution.draw(p, noise)
+        return Decision(self.distribution.action(drawn), state, drawn, logp if self.compares else None, value)
 
     def greedy(self, obs: Any, first: np.ndarray, state: State) -> Decision:
         """The most probable action; of a Gaussian that of its mean, also where tanh moves the mode elsewhere."""
-        p, _ = self._forward(obs)
-        return Decision(self.distribution.action(self.distribution.mode(p).numpy()), state)
+        p, _, state = self._forward(obs, first, state)
+        return Decision(self.distribution.action(self.distribution.mode(p)), state)
 
-    def values(self, obs: Any) -> np.ndarray:
+    def values(self, obs: Any, first: np.ndarray | None = None, state: State = ()) -> np.ndarray:
         """V(s) (N, 1) of numpy observations (N, *S)."""
-        return self._forward(obs)[1][:, None]
+        return self._forward(obs, first, state)[1][:, None]
 
-    def probabilities(self, obs: Any) -> np.ndarray:
+    def probabilities(self, obs: Any, first: np.ndarray | None = None, state: State = ()) -> np.ndarray:
         """What `act` draws from, (N, A); (N, 0) where actions are not numbered."""
-        p, _ = self._forward(obs)
-        if isinstance(self.distribution, Categorical):
-            return p.softmax(1).numpy()
-        return np.zeros((len(p), 0), np.float32)
+        p = self._forward(obs, first, state)[0]
+        return torch.from_numpy(p).softmax(1).numpy() if self._actions else p[:, :0]
 
     def schedule(self, step: int) -> dict[str, float]:
         """See `Agent.schedule`."""
@@ -322,7 +394,7 @@ class PolicyAgent(ABC):
     def update(self, batch: Rollout, steps: int = 1) -> Update:
         """Learn from a rollout."""
         samples = self.samples(batch)
-        self.steps += len(samples.advantage)
+        self.steps += samples.advantage.numel()
         metrics = {**self.learn(samples), "train/skipped": self.skipped}
         if self.model.normalizer is not None:
             self.model.normalizer.learn(batch.obs)
@@ -335,28 +407,55 @@ class PolicyAgent(ABC):
         reward = np.sign(rollout.reward) if self.config.clip_reward else rollout.reward
         if self._reward is not None:
             reward = self._reward(reward, ended)
-        cut = self._forward(rollout.cut_obs)[1] if rollout.truncated.any() else np.zeros(0, np.float32)
-        last = self._forward(rollout.last_obs)[1]
+        cut = np.zeros(0, np.float32)
+        if rollout.truncated.any():
+            cut = self._forward(rollout.cut_obs, None, rollout.cut_state)[1]
+        last = self._forward(rollout.last_obs, None, rollout.last_state)[1]
         next_value = returns.next_values(rollout.value, last, rollout.truncated, cut)
         advantage, return_ = self.estimate(rollout, reward, next_value)
-        flat = [
-            mapped(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), part)
-            for part in (rollout.obs, rollout.action, rollout.logp, rollout.value, advantage, return_)
-        ]
-        return Samples(*(to_device(part, self.compute.device) for part in flat))
+        inputs = Inputs(rollout.obs)
+        if self.model.memory:
+            inputs = Inputs(rollout.obs, rollout.first, rollout.state)
+        parts = (inputs, rollout.action, rollout.logp, rollout.value, advantage, return_)
+        return self._in_sequences(parts) if self.model.memory else self._in_rows(parts)
 
-    def _forward(self, obs: Any) -> tuple[Tensor, np.ndarray]:
-        """Parameters (N, P) on the CPU and values (N,) of numpy observations (N, *S)."""
-        if self._quick is not None and len(obs) <= self.model.rows:
-            numbers, value = self._quick(obs)
-            p = torch.from_numpy(numbers)
+    def _in_rows(self, parts: Any) -> Samples:
+        """(T, N, ...) -> (B, ...), on the device."""
+        rows = mapped(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), parts)
+        return samples_of(to_device(rows, self.compute.device))
+
+    def _in_sequences(self, parts: Any) -> Samples:
+        """(T, N, ...) -> (M, L, ...) with M = K N, the memory before each from (K, N, ...) to (M, ...)."""
+        steps = self._length or len(parts[-1])  # 0: all of them
+
+        def cut(leaf: np.ndarray) -> np.ndarray:
+            if not leaf.size:
+                return leaf.reshape(-1)
+            # (T, N, ...) -> (K, L, N, ...) -> (K, N, L, ...) -> (M, L, ...)
+            apart = leaf.reshape(-1, steps, *leaf.shape[1:]).swapaxes(1, 2)
+            return apart.reshape(-1, *apart.shape[2:])
+
+        (obs, first, state), *rest = parts
+        before = mapped(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), state)
+        inputs = (mapped(cut, obs), cut(first), before)
+        shown, *others = to_device((inputs, *map(cut, rest)), self.compute.device)
+        return Samples(Inputs(*shown), *others)
+
+    def _forward(
+        self, obs: Any, first: np.ndarray | None, state: State
+    ) -> tuple[np.ndarray, np.ndarray, State]:
+        """Parameters (N, P) and values (N,) of observations (N, *S), and the memory after them; all of it arrays."""
+        if self._quick is not None and len(obs) <= self._rows:
+            p, value = self._quick(obs)
         else:
+            if first is None and self.model.memory:
+                first = np.zeros(len(next(leaves(obs))[1]), bool)
+            shown = Inputs(*to_device((obs, () if first is None else first, state), self.compute.device))
             with self.compute.acting():
-                p, value = (part.cpu() for part in self._actor(to_device(obs, self.compute.device)))
-                numbers, value = p.numpy(), value.numpy()
-        if not np.isfinite(numbers).all():
+                p, value, state = mapped(lambda leaf: leaf.cpu().numpy(), self._actor.step(shown))
+        if not np.isfinite(p).all():
             raise RunFailed(self._diagnosis())
-        return p, value
+        return p, value, state
 
     def _diagnosis(self) -> str:
         for name, parameter in self.model.named_parameters():

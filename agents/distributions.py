@@ -50,11 +50,14 @@ class Distribution(Protocol):
         """What `count` samples are made of: (count, Q) float32."""
         ...
 
-    def sample(self, p: Tensor, noise: Tensor) -> Tensor:
-        """A draw (B, K) from parameters (B, P) and noise (B, Q)."""
+    def draw(self, p: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Samples (B, K) from parameters (B, P) and noise (B, Q), and their `log_prob` (B,).
+
+        In numpy, as `mode`: for the few rows of a step torch's dispatch costs more than the arithmetic.
+        """
         ...
 
-    def mode(self, p: Tensor) -> Tensor:
+    def mode(self, p: np.ndarray) -> np.ndarray:
         """The most probable sample (B, K)."""
         ...
 
@@ -102,14 +105,18 @@ class Categorical:
         """Uniform in [0, 1)."""
         return rng.random((count, 1), np.float32)
 
-    def sample(self, p: Tensor, noise: Tensor) -> Tensor:
+    def draw(self, p: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The first action at which the cumulated probability exceeds that share of all of it."""
-        reached = p.softmax(1).cumsum(1)
-        return (reached <= noise * reached[:, -1:]).sum(1, keepdim=True).float()  # (B, 1)
+        p = p - p.max(1, keepdims=True)
+        reached = np.exp(p).cumsum(1)
+        total = reached[:, -1:]
+        action = (reached <= noise * total).sum(1)  # (B,)
+        logp = p[np.arange(len(p)), action] - np.log(total[:, 0])
+        return action[:, None].astype(p.dtype), logp
 
-    def mode(self, p: Tensor) -> Tensor:
+    def mode(self, p: np.ndarray) -> np.ndarray:
         """The largest logit."""
-        return p.argmax(1, keepdim=True).float()
+        return p.argmax(1)[:, None].astype(p.dtype)
 
     def log_prob(self, p: Tensor, x: Tensor) -> Tensor:
         """Of the action's logit."""
@@ -160,13 +167,14 @@ class Bernoulli:
         """Uniform in [0, 1)."""
         return rng.random((count, self.width), np.float32)
 
-    def sample(self, p: Tensor, noise: Tensor) -> Tensor:
+    def draw(self, p: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """1 where the noise is below the probability."""
-        return (noise < p.sigmoid()).float()
+        yes = noise < 0.5 + 0.5 * np.tanh(p / 2)
+        return yes.astype(p.dtype), -np.logaddexp(0, np.where(yes, -p, p)).sum(1)
 
-    def mode(self, p: Tensor) -> Tensor:
+    def mode(self, p: np.ndarray) -> np.ndarray:
         """1 where that is more probable."""
-        return (p > 0).float()
+        return (p > 0).astype(p.dtype)
 
     def log_prob(self, p: Tensor, x: Tensor) -> Tensor:
         """sum x log s(p) + (1 - x) log s(-p)."""
@@ -237,14 +245,20 @@ class Gaussian:
         """Standard normal."""
         return rng.standard_normal((count, self.width), np.float32)
 
-    def sample(self, p: Tensor, noise: Tensor) -> Tensor:
+    def draw(self, p: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """mean + spread * noise, before tanh."""
-        mean, log_std = p.chunk(2, 1)
-        return mean + log_std.exp() * noise
+        mean, log_std = p[:, : self.width], p[:, self.width :]
+        spread = np.exp(log_std)
+        x = mean + spread * noise
+        standard = (x - mean) / spread  # not the noise: x is rounded, and all that is kept of it
+        density = -(0.5 * standard * standard + log_std).sum(1) - (HALF_LOG_2PI * self.width + self._scale)
+        if self.squash:
+            density -= 2 * (math.log(2) - x - np.logaddexp(0, -2 * x)).sum(1)
+        return x, density
 
-    def mode(self, p: Tensor) -> Tensor:
+    def mode(self, p: np.ndarray) -> np.ndarray:
         """The mean, before tanh: the median of the action, not its mode."""
-        return p.chunk(2, 1)[0]
+        return p[:, : self.width]
 
     def log_prob(self, p: Tensor, x: Tensor) -> Tensor:
         """log N(x; mean, spread) - log |d action / d x|."""
@@ -311,14 +325,17 @@ class Product:
         """Theirs, side by side."""
         return np.concatenate([part.noise(rng, count) for part in self.parts], 1)
 
-    def sample(self, p: Tensor, noise: Tensor) -> Tensor:
-        """Theirs, side by side; each takes as much noise as its sample is wide."""
-        split = zip(self.parts, self._split(p), noise.split(self._widths, 1), strict=True)
-        return torch.cat([part.sample(own, drawn) for part, own, drawn in split], 1)
+    def draw(self, p: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Theirs, side by side, and the sum; each takes as much noise as its sample is wide."""
+        split = zip(self.parts, self._apart(p), _cut(noise, self._widths), strict=True)
+        samples, logps = zip(*(part.draw(own, drawn) for part, own, drawn in split), strict=True)
+        return np.concatenate(samples, 1), np.sum(logps, 0)
 
-    def mode(self, p: Tensor) -> Tensor:
+    def mode(self, p: np.ndarray) -> np.ndarray:
         """Theirs, side by side."""
-        return torch.cat([part.mode(own) for part, own in zip(self.parts, self._split(p), strict=True)], 1)
+        return np.concatenate(
+            [part.mode(own) for part, own in zip(self.parts, self._apart(p), strict=True)], 1
+        )
 
     def log_prob(self, p: Tensor, x: Tensor) -> Tensor:
         """The sum of theirs."""
@@ -342,9 +359,8 @@ class Product:
 
     def action(self, x: np.ndarray) -> Any:
         """Theirs, put together."""
-        edges = np.cumsum(self._widths)[:-1]
         return self.pack(
-            [part.action(own) for part, own in zip(self.parts, np.split(x, edges, 1), strict=True)]
+            [part.action(own) for part, own in zip(self.parts, _cut(x, self._widths), strict=True)]
         )
 
     @cached_property
@@ -353,6 +369,9 @@ class Product:
 
     def _split(self, p: Tensor) -> Sequence[Tensor]:
         return p.split([part.parameters for part in self.parts], 1)
+
+    def _apart(self, p: np.ndarray) -> Sequence[np.ndarray]:
+        return _cut(p, [part.parameters for part in self.parts])
 
 
 def of_space(space: spaces.Space[Any], *, squash: bool = False, depth: int = 0) -> Distribution:
@@ -393,6 +412,11 @@ def masked(p: Tensor, mask: Tensor) -> Tensor:
     Source: Huang and Ontañón 2022, arXiv 2006.14171.
     """
     return torch.where(mask.bool(), p, NEVER)
+
+
+def _cut(x: np.ndarray, widths: Sequence[int]) -> Sequence[np.ndarray]:
+    """The columns of x (B, D) in parts of these widths."""
+    return np.split(x, np.cumsum(widths)[:-1], 1)
 
 
 def _log_slope(x: Tensor) -> Tensor:

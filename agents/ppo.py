@@ -24,10 +24,9 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from agents.actor import ActorConfig, PolicyAgent, Samples, minibatches, rounds
+from agents.actor import ActorConfig, PolicyAgent, Samples, minibatches, rounds, samples_of, sequence
 from agents.base import linear
 from agents.optimizers import Adam, Optimizer, learned
-from backbones.compute import guarded_compile
 from runs.config import Knob, UserError
 
 
@@ -38,6 +37,7 @@ class Config(ActorConfig):
     rollout: Annotated[int, Knob("steps of each environment between updates", low=1)] = 2_048
     epochs: Annotated[int, Knob("passes over each rollout", low=1)] = 10
     batch: Annotated[int, Knob("samples of a minibatch", low=2)] = 64
+    sequence: Annotated[int | None, Knob("steps that memory learns through; none: fits both", low=1)] = None
     lam: Annotated[float, Knob("of the advantages: 0 one step, 1 the whole return", low=0, high=1)] = 0.95
     clip: Annotated[float, Knob("how far the ratio may go from 1", above=0)] = 0.2
     clip_end: Annotated[float | None, Knob("clip in the end; by itself clip", above=0)] = None
@@ -102,8 +102,13 @@ class PPO(PolicyAgent):
         how: Any = dict(lr=config.lr, eps=config.adam_eps, max_norm=config.max_grad_norm)
         self.optimizer = Adam(learned(self.model), **how)
         self._clip = torch.zeros((), device=self.compute.device)
-        self._graph = guarded_compile(self._step, say) if self.compute.compile else self._step
+        self._graph = self.compiled(self._step)
         return {"optimizer": self.optimizer}
+
+    @property
+    def sequence(self) -> int:
+        """See `PolicyAgent.sequence`."""
+        return sequence(self.config, self.model.memory)
 
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """Epochs of minibatches."""
@@ -124,9 +129,9 @@ class PPO(PolicyAgent):
 
     def _step(self, *part: Any) -> dict[str, Tensor]:
         """One gradient step on a minibatch."""
-        config, samples = self.config, Samples(*part)
+        config, samples = self.config, samples_of(part)
         with self.compute.autocast():
-            p, value = self.model(samples.obs)
+            p, value = self.model(samples.inputs)
         logp = self.distribution.log_prob(p, samples.action)
         entropy = self.distribution.entropy(p if config.entropy else p.detach()).mean()
         advantage = samples.advantage

@@ -27,9 +27,9 @@ PONG = dict(
     net="light",
     norm=True,
     lr=5e-4,
-    batch=128,
+    lr_end=1e-5,
+    batch=64,
     train_every=8,
-    updates=2,
     learning_starts=5_000,
     capacity=200_000,
     n_step=3,
@@ -41,7 +41,7 @@ PONG = dict(
     epsilon_end=0.01,
     epsilon_steps=50_000,
     clip_reward=True,
-    eval_every=50_000,
+    eval_every=100_000,
 )
 ATARI = dict(
     steps=10_000_000,
@@ -109,11 +109,11 @@ TABLE_WHY = "reaches the best policy of value iteration: runs/reference/README.m
 PONG_WHY = "found on two cores: runs/reference/README.md"
 PRESETS = {
     "pong": Preset(
-        "dqn", ("ALE/Pong-v*",), PONG | dict(steps=2_400_000, lr_end=1e-5, lr_steps=2_400_000), PONG_WHY
+        "dqn", ("ALE/Pong-v*",), PONG | dict(steps=5_000_000, lr_steps=5_000_000), PONG_WHY
     ),
-    # without sticky actions a fifth of the steps will do
+    # without sticky actions fewer steps will do
     "pong-noframeskip": Preset(
-        "dqn", ("PongNoFrameskip-v*",), PONG | dict(steps=400_000, lr_end=2.5e-5, lr_steps=400_000), PONG_WHY
+        "dqn", ("PongNoFrameskip-v*",), PONG | dict(steps=1_500_000, lr_steps=1_500_000), PONG_WHY
     ),
     "nature": Preset(
         "dqn",

@@ -32,6 +32,7 @@ from agents.actor import ActorConfig, PolicyAgent, Samples
 from agents.optimizers import Adam, Optimizer, learned
 from agents.ppo import normalized, value_loss
 from replay import Episodes, Rollout, Rollouts
+from replay.tree import leaves
 from runs.config import Knob, UserError
 
 BASELINES = ("none", "average", "learned")
@@ -97,7 +98,13 @@ class REINFORCE(PolicyAgent):
 
     def memory(self, like: Any) -> Rollouts:
         """See `PolicyAgent.memory`."""
-        return Episodes(self.config.episodes, like)
+        num_envs = len(next(leaves(like))[1])
+        return Episodes(self.config.episodes, like, self.initial(num_envs))
+
+    @property
+    def sequence(self) -> int:
+        """All episodes, one after the other."""
+        return 0
 
     def estimate(self, rollout: Rollout, reward: np.ndarray, next_value: np.ndarray) -> tuple[Any, Any]:
         """G - b, and G."""
@@ -118,11 +125,11 @@ class REINFORCE(PolicyAgent):
 
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """One step of the policy, several of the critic."""
-        config, model = self.config, self.model
+        config, model, samples = self.config, self.model, samples.joined
         self.compute.learning()
         advantage = normalized(samples.advantage) if config.normalize_advantage else samples.advantage
         with self.compute.autocast():
-            p = model.parameters_of(samples.obs)
+            p = model.parameters_of(samples.inputs)
         entropy = self.distribution.entropy(p if config.entropy else p.detach()).mean()
         of_policy = actor_loss(self.distribution.log_prob(p, samples.action), advantage)
         loss = of_policy - config.entropy * entropy
@@ -144,7 +151,7 @@ class REINFORCE(PolicyAgent):
         loss = torch.zeros(())
         for _ in range(self.config.value_epochs):
             with self.compute.autocast():
-                value = self.model.values_of(samples.obs)
+                value = self.model.values_of(samples.inputs)
             loss = value_loss(value, value, samples.return_, None)
             self._critic.begin()
             self._critic.step(torch.autograd.grad(loss, self._critic.parameters), loss.detach())

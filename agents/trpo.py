@@ -26,11 +26,10 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from agents.actor import ActorConfig, PolicyAgent, Samples, minibatches, rounds
+from agents.actor import ActorConfig, Inputs, PolicyAgent, Samples, minibatches, rounds, sequence
 from agents.distributions import Distribution
 from agents.optimizers import Adam, Optimizer, learned
 from agents.ppo import normalized, value_loss
-from backbones.compute import guarded_compile
 from runs.config import Knob, UserError
 
 
@@ -48,6 +47,7 @@ class Config(ActorConfig):
     tries: Annotated[int, Knob("of the line search", low=1)] = 10
     epochs: Annotated[int, Knob("critic's passes over each rollout", low=1)] = 10
     batch: Annotated[int, Knob("samples of the critic's minibatches", low=2)] = 128
+    sequence: Annotated[int | None, Knob("steps that memory learns through; none: fits both", low=1)] = None
     normalize_advantage: Annotated[bool, Knob("to mean 0, spread 1 in each update")] = True
     entropy: Annotated[float, Knob("weight of the entropy bonus", low=0)] = 0.0
     adam_eps: Annotated[float, Knob("Adam epsilon of the critic", above=0)] = 1e-5
@@ -68,8 +68,12 @@ def surrogate(logp: Tensor, old_logp: Tensor, advantage: Tensor) -> Tensor:
     return ((logp - old_logp).exp() * advantage).mean()
 
 
-def conjugate_gradient(product: Callable[[Tensor], Tensor], g: Tensor, steps: int) -> Tensor:
-    """x with A x = g for a symmetric positive definite A, given v -> A v. Shapes: (D,).
+def conjugate_gradient(
+    product: Callable[[Tensor], Tensor], g: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """x with A x = g for a symmetric positive definite A, given v -> A v; and A x, without one more product.
+
+    Shapes: (D,).
 
     Source: Hestenes and Stiefel 1952; ends early where the residual is nearly zero beside g.
     """
@@ -85,7 +89,7 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], g: Tensor, steps: in
         residual = residual - length * image
         smaller = residual @ residual
         direction, size = residual + smaller / size * direction, smaller
-    return x
+    return x, g - residual
 
 
 class Fisher:
@@ -162,20 +166,25 @@ class TRPO(PolicyAgent):
         self._weights = learned(model.backbone, model.policy)
         how: Any = dict(lr=config.lr, eps=config.adam_eps, max_norm=config.max_grad_norm)
         self.optimizer = Adam(learned(model.evaluates, model.value), **how)
-        self._fit = guarded_compile(self._fit_step, say) if self.compute.compile else self._fit_step
+        self._fit = self.compiled(self._fit_step)
         self._refused = 0
         return {"optimizer": self.optimizer}
+
+    @property
+    def sequence(self) -> int:
+        """See `PolicyAgent.sequence`."""
+        return sequence(self.config, self.model.memory)
 
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """One natural step of the policy, several passes of the critic."""
         self.compute.learning()
-        metrics = self._improve(samples)
+        metrics = self._improve(samples.joined)
         return metrics | {"loss/value": self._value(samples)}
 
     def _improve(self, samples: Samples) -> dict[str, Tensor]:
         config, weights = self.config, self._weights
         advantage = normalized(samples.advantage) if config.normalize_advantage else samples.advantage
-        p = self._parameters(samples.obs)
+        p = self.model.parameters_of(samples.inputs)  # in fp32: a KL of 0.01 needs its digits
         old = p.detach()
         old_logp = self.distribution.log_prob(old, samples.action)
 
@@ -184,14 +193,14 @@ class TRPO(PolicyAgent):
             return surrogate(self.distribution.log_prob(at, samples.action), old_logp, advantage) + bonus
 
         def judge() -> tuple[float, float]:
-            new = self._parameters(samples.obs)
+            new = self.model.parameters_of(samples.inputs)
             return float(gain(new)), float(self.distribution.kl(old, new).mean())
 
         before = gain(p)
         g = flat(torch.autograd.grad(before, weights, retain_graph=True))
         fisher = Fisher(self.distribution, p, weights, config.damping)
-        x = conjugate_gradient(fisher, g, config.cg_steps)
-        step = (2 * config.delta / (x @ fisher(x)).clamp(min=torch.finfo(x.dtype).tiny)).sqrt() * x
+        x, image = conjugate_gradient(fisher, g, config.cg_steps)
+        step = (2 * config.delta / (x @ image).clamp(min=torch.finfo(x.dtype).tiny)).sqrt() * x
         good = bool(torch.isfinite(step).all()) and bool(g.any())
         k, after, kl = -1, float(before.detach()), 0.0
         if good:
@@ -208,24 +217,20 @@ class TRPO(PolicyAgent):
             "train/grad_norm": g.norm(),
         }
 
-    def _parameters(self, obs: Any) -> Tensor:
-        """Parameters of the policy (B, P); in fp32, because a KL of 0.01 needs its digits."""
-        return self.model.parameters_of(obs)
-
     def _value(self, samples: Samples) -> Tensor:
         """Fit the critic; its loss () in the last minibatch."""
         loss, lr = torch.zeros(()), self._lr(self.steps)
         for _ in range(self.config.epochs):
-            for part in minibatches((samples.obs, samples.return_), self.config.batch, self._order):
+            for part in minibatches((samples.inputs, samples.return_), self.config.batch, self._order):
                 self.optimizer.begin(lr)
                 loss = self._fit(*part)
                 self.updates += 1
         return loss
 
-    def _fit_step(self, obs: Any, return_: Tensor) -> Tensor:
+    def _fit_step(self, inputs: Any, return_: Tensor) -> Tensor:
         with self.compute.autocast():
-            value = self.model.values_of(obs)
-        loss = value_loss(value, value, return_, None)
+            value = self.model.values_of(Inputs(*inputs))
+        loss = value_loss(value, value, return_.flatten(), None)
         self.optimizer.step(torch.autograd.grad(loss, self.optimizer.parameters), loss.detach())
         return loss.detach()
 

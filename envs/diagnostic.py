@@ -16,6 +16,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from replay.tree import leaves, mapped
+from runs.streams import pack, unpack
 
 Step = tuple[Any, float, bool, bool, dict[str, Any]]
 PROBES = ("constant", "predict", "delay", "action", "match")
@@ -268,33 +269,96 @@ class DelayedChain(gymnasium.Env):
         return np.eye(self.length, dtype=np.float32)[self._state]
 
 
-class Memory(gymnasium.Env):
-    """A cue in the first obs, `delay` blank steps, then a question: reward 1 for the cue's action, else -1.
+def memory_obs(cue: np.ndarray, time: int, k: int) -> np.ndarray:
+    """What `Memory` shows at a step.
 
-    Shapes: obs (3,): cue 0, cue 1, question; without memory the best mean return is 0.
+    Shapes: cue (N,) -> (N, 3) float32: cue 0, cue 1, question.
+    """
+    obs = np.zeros((len(cue), 3), np.float32)
+    if time == 0:
+        obs[np.arange(len(cue)), cue] = 1
+    obs[:, 2] = time == k
+    return obs
+
+
+def _at_least_one(k: int) -> int:
+    if k < 1:
+        raise ValueError(f"k must be 1 or more, got {k}")
+    return k
+
+
+class Memory(gymnasium.Env):
+    """Act on the observation seen k steps ago: a cue at step 0, k - 1 blanks, a question at step k.
+
+    Reward 1 for the cue's action at step k, which ends the episode, else -1; 0 before, whatever is done. The last k + 1
+    observations tell the answer; the last k are the same for both cues, so that with them the best mean return is 0.
+
+    One cue, asked once: with a new one at each step it would be the k bits held at once that fail, not the delay.
+    Shapes: obs (3,), see `memory_obs`.
     """
 
-    def __init__(self, delay: int = 4) -> None:
+    def __init__(self, k: int = 5) -> None:
         """Choose the steps between cue and question."""
-        self.delay, self._cue, self._time = delay, 0, 0
+        self.k, self._cue, self._time = _at_least_one(k), np.zeros(1, np.int64), 0
         self.observation_space, self.action_space = _box(0, 1, 3), Discrete(2)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         """Show the cue."""
         super().reset(seed=seed)
-        self._cue, self._time = int(self.np_random.integers(2)), 0
+        self._cue, self._time = self.np_random.integers(2, size=1), 0
         return self._obs(), {}
 
     def step(self, action: Any) -> Step:
         """Wait, or answer the question."""
-        over = self._time == self.delay + 1
-        reward = (1.0 if action == self._cue else -1.0) if over else 0.0
+        over = self._time == self.k
+        reward = (1.0 if action == self._cue[0] else -1.0) if over else 0.0
         self._time += 1
         return self._obs(), reward, over, False, {}
 
     def _obs(self) -> np.ndarray:
-        cue = self._cue if self._time == 0 else None
-        return np.array([cue == 0, cue == 1, self._time == self.delay + 1], np.float32)
+        return memory_obs(self._cue, self._time, self.k)[0]
+
+
+class MemoryVector(VectorEnv):
+    """N copies of `Memory`, all at the same step of their episodes."""
+
+    def __init__(self, num_envs: int = 1, k: int = 5) -> None:
+        """Choose the steps between cue and question."""
+        self.num_envs, self.k = num_envs, _at_least_one(k)
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        self.single_observation_space, self.single_action_space = _box(0, 1, 3), Discrete(2)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._cue, self._time = np.zeros(num_envs, np.int64), 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        """Show a cue in every copy."""
+        super().reset(seed=seed)
+        return self._begin(), {}
+
+    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Wait, or answer the question; the next cue is shown at once."""
+        over, info = self._time == self.k, {}
+        reward = np.where(actions == self._cue, 1.0, -1.0) if over else np.zeros(self.num_envs)
+        self._time += 1
+        obs, ended = memory_obs(self._cue, self._time, self.k), np.full(self.num_envs, over)
+        if over:
+            info = {"final_obs": obs, "_final_obs": ended}
+            obs = self._begin()
+        return obs, reward, ended, np.zeros(self.num_envs, bool), info
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """See `envs.journal.Stateful`."""
+        return {"cue": self._cue, "time": np.array(self._time), "rng": pack(self.np_random)}
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """See `envs.journal.Stateful`."""
+        self._cue, self._time = np.array(state["cue"]), int(state["time"])
+        unpack(self.np_random, state["rng"])
+
+    def _begin(self) -> np.ndarray:
+        self._cue, self._time = self.np_random.integers(2, size=self.num_envs), 0
+        return memory_obs(self._cue, self._time, self.k)
 
 
 ENVS: dict[str, tuple[type[gymnasium.Env], dict[str, Any]]] = {
@@ -310,7 +374,9 @@ ENVS: dict[str, tuple[type[gymnasium.Env], dict[str, Any]]] = {
     **{f"Identity{kind}": (Identity, {"kind": kind}) for kind in ANSWERS if kind != "Discrete"},
     "DelayedChain": (DelayedChain, {}),
     "Memory": (Memory, {}),
+    **{f"Memory{k}": (Memory, {"k": k}) for k in (1, 8, 32)},
 }
+VECTORS: dict[type[gymnasium.Env], str] = {Counting: "CountingVector", Memory: "MemoryVector"}
 
 
 def register() -> None:
@@ -318,6 +384,6 @@ def register() -> None:
     for name, (kind, keywords) in ENVS.items():
         env_id = f"chordate/{name}-v0"
         if env_id not in gymnasium.registry:
-            vector = "envs.diagnostic:CountingVector" if kind is Counting else None
+            vector = f"envs.diagnostic:{VECTORS[kind]}" if kind in VECTORS else None
             entry_point = f"envs.diagnostic:{kind.__name__}"
             gymnasium.register(env_id, entry_point, vector_entry_point=vector, kwargs=keywords)

@@ -16,6 +16,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrap
 
 from envs.atari import DEFAULT, Atari, EnvConfig, Game, is_atari, protocol, ram_game, refuse
 from envs.diagnostic import register
+from envs.hidden import HIDDEN, SHOWN, HiddenVector
+from envs.hidden import register as register_hidden
 from envs.journal import reset
 from envs.mask import Masked, is_masked, masks
 from envs.table import TableEnv, tabled
@@ -116,6 +118,7 @@ def resolve(env_id: str, say: Callable[[str], None] | None = None) -> EnvSpec:
     """
     register()
     register_tables()
+    register_hidden()
     import ale_py  # noqa: F401  (registers its games)
 
     module, _, name = env_id.rpartition(":")
@@ -130,7 +133,9 @@ def resolve(env_id: str, say: Callable[[str], None] | None = None) -> EnvSpec:
         return gymnasium.registry[name]
     found = [(int(match[1]), key) for key in gymnasium.registry if (match := _version(name, key))]
     if not found:
-        raise UserError(f"unknown env {env_id!r}.{nearest(name, _known())}")
+        known = _known()
+        lacking = [key for key in known if key.endswith(f"/{name}")]  # only its namespace
+        raise UserError(f"unknown env {env_id!r}.{nearest(name, lacking or known)}")
     newest = max(found)[1]
     if say is not None:
         say(f"{env_id} is {newest}")
@@ -203,6 +208,10 @@ def _own(spec: EnvSpec, num_envs: int, vectorization: str) -> bool:
 def _own_vectorised(spec: EnvSpec, num_envs: int) -> VectorEnv | None:
     if tabled(spec):
         return TableEnv(spec, num_envs)
+    if spec.id in HIDDEN:
+        original = HIDDEN[spec.id]
+        env = _own_vectorised(gymnasium.spec(original), num_envs)
+        return None if env is None else HiddenVector(env, SHOWN[original])
     if spec.vector_entry_point is None:
         return None
     try:

@@ -9,11 +9,18 @@ from gymnasium import spaces
 
 from agents import A2C, PPO, TRPO, load
 from agents.watch import WARM_UPDATES
+from backbones import BACKBONES
 from backbones.compute import Compute
 from tests.bench import parts
 from tests.bench.works import WORDS, WORKS
 
-ON_POLICY = [name for name, work in WORKS.items() if work.on_policy]
+pending = pytest.mark.skipif("lstm" not in BACKBONES, reason="the memory backbones are not there yet")
+ON_POLICY = [
+    pytest.param(name, marks=pending if work.memory else ())
+    for name, work in WORKS.items()
+    if work.on_policy and work.peers != ("plain",)
+]
+COSTS = [name for name, work in WORKS.items() if work.peers == ("plain",) and work.memory]
 
 
 @pytest.mark.parametrize(
@@ -28,6 +35,8 @@ ON_POLICY = [name for name, work in WORKS.items() if work.on_policy]
         ("a2c-cartpole", 1 / (8 * 5)),
         ("trpo-cartpole", 10 / 128),
         ("ppo-halfcheetah", 10 / 64),
+        pytest.param("ppo-lstm-cartpole", 20 / 256, marks=pending),
+        pytest.param("ppo-lstm-pong", 4 / 256, marks=pending),
     ],
 )
 def test_updates_per_step(name, updates):
@@ -56,6 +65,31 @@ def test_the_work_is_that_of_its_name(name, steps, shared):
         assert net == {"net_arch": {"pi": [64, 64], "vf": [64, 64]}, "activation_fn": torch.nn.Tanh}
 
 
+@pending
+@pytest.mark.parametrize(
+    "name, policy, width, shared",
+    [("ppo-lstm-cartpole", "MlpLstmPolicy", 64, False), ("ppo-lstm-pong", "CnnLstmPolicy", 256, True)],
+)
+def test_both_sides_have_cells_of_one_size(name, policy, width, shared):
+    work = WORKS[name]
+    found, net = work.peer(), work.peer()["policy_kwargs"]
+    assert (work.rival, *work.rival_agent) == ("sb3_contrib", "RecurrentPPO", policy)
+    assert (work.num_envs, found["n_steps"], found["batch_size"]) == (8, 128, 256)
+    assert net["lstm_hidden_size"] == width == work.whole["width"]
+    assert net["shared_lstm"] is shared is not work.whole["separate"]
+    assert net["enable_critic_lstm"] is not shared
+    assert not work.image or work.whole["stack"] == 1
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_the_cost_of_a_memory_is_measured_against_its_encoder_alone(name):
+    work = WORKS[name]
+    assert work.plain["backbone"] == work.settings["encoder"] and "encoder" not in work.plain
+    differ = {key for key in work.settings if work.settings[key] != work.plain.get(key)}
+    assert differ == {"backbone", "encoder", "width"} and work.plain.keys() < work.settings.keys()
+    assert replace(work, settings=work.plain).updates_per_step > 0
+
+
 @pytest.mark.parametrize("name", ON_POLICY)
 def test_every_translated_knob_reaches_the_peer(name):
     work, before = WORKS[name], WORKS[name].peer()
@@ -73,7 +107,7 @@ def test_nothing_without_a_counterpart_is_on(name):
         not s.get("lr_end") and not s.get("clip_end") and not s["normalize_obs"] and not s["normalize_reward"]
     )
     assert s["orthogonal"] and not s["squash"] and s["spread"] == "free" and s["log_std"] == 0
-    assert s["separate"] == (s["backbone"] == "mlp")  # as the peers' defaults
+    assert s["separate"] == (not WORKS[name].image)  # as the peers' defaults
     assert s.get("optimizer", "rmsprop") == "rmsprop" and s.get("adam_eps", 1e-5) == 1e-5
 
 

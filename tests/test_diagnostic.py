@@ -18,6 +18,7 @@ from envs.diagnostic import (
     DelayedChain,
     Identity,
     Memory,
+    MemoryVector,
     Probe,
     count_obs,
 )
@@ -132,12 +133,64 @@ def test_the_chain_pays_only_at_its_end() -> None:
 
 def test_memory_asks_for_the_cue_alone_at_the_end() -> None:
     for seed in range(4):
-        env = Memory(delay=2)
+        env = Memory(k=3)
         cue = int(env.reset(seed=seed)[0].argmax())
         assert env.step(0)[0].tolist() == [0, 0, 0] == env.step(0)[0].tolist()
         obs, reward, over, *_ = env.step(0)
         assert obs.tolist() == [0, 0, 1] and (reward, over) == (0.0, False)
         assert env.step(cue)[1:4] == (1.0, True, False)
+
+
+def windows(k: int, length: int) -> tuple[set[bytes], set[bytes]]:
+    """What the last `length` observations can be when the question is asked, by the right answer."""
+    found: tuple[set[bytes], set[bytes]] = (set(), set())
+    collector = Collector(make(f"chordate/Memory{k}-v0", 8), 0)
+    past: list[np.ndarray] = []
+    for t in range(6 * (k + 1)):
+        past.append(collector.obs)
+        guess = np.arange(8) % 2
+        collector.send(guess)
+        step = collector.recv()
+        assert step.terminated.all() == (t % (k + 1) == k) == step.terminated.any()
+        if step.terminated.all():
+            since = past[-(k + 1) :]  # nothing from the episode before
+            for i, right in enumerate(np.where(step.reward == 1, guess, 1 - guess)):
+                found[right].add(np.stack([obs[i] for obs in since[-length:]]).tobytes())
+        else:
+            assert not step.reward.any()
+    collector.close()
+    return found
+
+
+@pytest.mark.parametrize("k", [1, 8, 32])
+def test_memory_is_told_by_k_plus_one_observations_and_not_by_k(k: int) -> None:
+    """With k the windows of both answers are one and the same: no policy of them returns more than 0 on average."""
+    zero, one = windows(k, k + 1)
+    assert len(zero) == len(one) == 1 and zero != one
+    zero, one = windows(k, k)
+    assert len(zero) == 1 and zero == one
+
+
+def test_many_memories_are_the_scalar_one_many_times() -> None:
+    env = MemoryVector(5, k=3)
+    obs, _ = env.reset(seed=0)
+    rng, seen, singles = np.random.default_rng(0), np.zeros(2, int), [Memory(k=3) for _ in range(5)]
+    for t in range(40):
+        if t % 4 == 0:
+            seen += np.bincount(obs[:, :2].argmax(1), minlength=2)
+            for single, row in zip(singles, obs, strict=True):
+                while single.reset()[0].tolist() != row.tolist():
+                    pass
+        actions = rng.integers(2, size=5)
+        obs, reward, terminated, truncated, info = env.step(actions)
+        for i, single in enumerate(singles):
+            last, paid, over, cut, _ = single.step(int(actions[i]))
+            successor = info["final_obs"][i] if over else obs[i]
+            assert (last.tolist(), paid, over, cut) == (
+                successor.tolist(),
+                *(reward[i], terminated[i], truncated[i]),
+            )
+    assert (seen > 10).all()  # both cues are drawn, for each copy its own
 
 
 def test_bad_options_are_named() -> None:
@@ -147,6 +200,9 @@ def test_bad_options_are_named() -> None:
         Probe("six")
     with pytest.raises(ValueError, match="kind must be one of Discrete, Box"):
         Identity("Text")
+    for kind in (Memory, MemoryVector):
+        with pytest.raises(ValueError, match="k must be 1 or more, got 0"):
+            kind(k=0)
     with pytest.raises(ValueError, match="length and spread"):
         CountingVector(length=0)
 

@@ -51,6 +51,8 @@ def test_short_id_takes_the_newest_version_and_says_so() -> None:
     ("env_id", "words"),
     [
         ("ALE/Pnog", ["unknown env 'ALE/Pnog'", "'ALE/Pong'"]),
+        ("Pong-v5", ["'ALE/Pong-v5'"]),
+        ("CartPoleNoVel-v1", ["'chordate/CartPoleNoVel-v1'"]),
         ("ALE/Pong-v6", ["'ALE/Pong-v6'", "'ALE/Pong-v5'"]),
         ("CartPloe-v1", ["'CartPole-v1'"]),
         ("pong", ["unknown env 'pong'", "Did you mean"]),

@@ -118,7 +118,7 @@ OTHER: dict[str, Any] = dict(
     rollout=32, epochs=2, batch=32, lam=0.5, clip=0.05, clip_end=0.3, clip_steps=100, clip_value=0.01, target_kl=1e-5,
     entropy=0.1, value_weight=2.0, adam_eps=0.1, optimizer="rmsprop", optimizer_eps=0.1, delta=0.05, damping=1.0,
     cg_steps=2, shrink=0.2, tries=1, episodes=2, credit="whole", baseline="none", baseline_rate=0.9, value_epochs=2,
-    value_lr=1e-4,
+    value_lr=1e-4, sequence=4,
 )  # fmt: skip
 BASE: dict[str, dict[str, Any]] = {
     "reinforce": dict(episodes=4),
@@ -132,6 +132,7 @@ PARTS = {
     "clip_steps": {"clip_end": 0.05, "clip_steps": 200},
     "shrink": {"delta": 5.0},  # so far that the line search must try again
     "tries": {"delta": 5.0},
+    "sequence": {"backbone": "lstm", "net": {"width": 8}},
     "baseline_rate": {"baseline": "average", "normalize_advantage": False, "episodes": 1},
 }
 KNOBS = [(name, field.name) for name in AGENTS for field in fields(load(name).Config)]

@@ -395,7 +395,7 @@ def test_samples_lie_step_by_step() -> None:
     samples = agent.samples(r)
     assert isinstance(samples, Samples)
     for i, (t, n) in enumerate(np.ndindex(T, N)):
-        assert np.array_equal(samples.obs[i], r.obs[t, n]) and np.array_equal(
+        assert np.array_equal(samples.inputs.obs[i], r.obs[t, n]) and np.array_equal(
             samples.action[i], r.action[t, n]
         )
         assert (samples.logp[i], samples.value[i]) == (r.logp[t, n], r.value[t, n])

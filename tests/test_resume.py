@@ -57,6 +57,8 @@ def interrupted(monkeypatch, tmp_path, env, kill, steps=200, agent="dqn", small=
         ("CartPole-v1", dict(hidden=(16,), num_envs=8, alpha=0.6, noisy="factorised", distributional="c51")),
         ("CartPole-v1", dict(hidden=(16,), vectorization="sync", num_envs=2)),
         ("CartPole-v1", dict(hidden=(16,), vectorization="async", num_envs=2)),
+        ("chordate/CartPoleNoVel-v1", dict(hidden=(16,), num_envs=8)),
+        ("chordate/Memory8-v0", dict(hidden=(16,), num_envs=8)),
         ("FrozenLake-v1", dict(hidden=(16,), num_envs=3)),
         ("Acrobot-v1", dict(hidden=(16,))),
         ("chordate/DelayedChain-v0", dict(hidden=(16,), num_envs=2)),
@@ -482,6 +484,9 @@ def assert_same_steps(one, other):
         ("ALE/Pong-v5", 2, envs.EnvConfig(obs="ram", max_frames=160), {}),
         ("CartPole-v1", 3, envs.EnvConfig(), {"vectorization": "sync"}),
         ("CartPole-v1", 3, envs.EnvConfig(), {}),
+        ("chordate/CartPoleNoVel-v1", 8, envs.EnvConfig(), {}),
+        ("chordate/CartPoleNoVel-v1", 2, envs.EnvConfig(), {}),
+        ("chordate/Memory8-v0", 4, envs.EnvConfig(), {}),
         ("Taxi-v4", 2, envs.EnvConfig(), {}),
     ],
 )

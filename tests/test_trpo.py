@@ -11,7 +11,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from agents import load
-from agents.actor import Samples
+from agents.actor import Inputs, Samples
 from agents.distributions import of_space
 from agents.trpo import Fisher, conjugate_gradient, flat, line_search, surrogate, unflat
 from tests.tools import CPU, VECTOR
@@ -37,7 +37,8 @@ def samples_of(agent: Any, size: int, seed: int, scale: float = 1.0) -> Samples:
     decision = agent.act(obs, np.zeros(size, bool), (), 0)
     advantage, target = (scale * rng.standard_normal((2, size))).astype(np.float32)
     parts = (obs, decision.sample, np.zeros(0, np.float32), decision.value, advantage, target)
-    return Samples(*map(torch.from_numpy, parts))
+    shown, *rest = map(torch.from_numpy, parts)
+    return Samples(Inputs(shown), *rest)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 20])
@@ -48,8 +49,9 @@ def test_conjugate_gradient_solves_random_systems(size: int) -> None:
         matrix = root @ root.T + 0.1 * torch.eye(size, dtype=torch.float64)
         for scale in (1.0, 1e-7):  # a small g is no solved system
             g = scale * torch.randn(size, generator=draw, dtype=torch.float64)
-            x = conjugate_gradient(lambda v, matrix=matrix: matrix @ v, g, 5 * size)
+            x, image = conjugate_gradient(lambda v, matrix=matrix: matrix @ v, g, 5 * size)
             assert (matrix @ x - g).norm() <= 1.1e-5 * g.norm()
+            assert (matrix @ x - image).norm() <= 1e-9 * g.norm()
 
 
 def test_conjugate_gradient_stops_in_time() -> None:
@@ -59,11 +61,12 @@ def test_conjugate_gradient_stops_in_time() -> None:
         calls.append(v)
         return v * torch.tensor([1.0, 2.0, 2.0, 1.0])
 
-    x = conjugate_gradient(product, torch.tensor([1.0, 2.0, 4.0, 3.0]), 50)
+    x, _ = conjugate_gradient(product, torch.tensor([1.0, 2.0, 4.0, 3.0]), 50)
     assert x.tolist() == pytest.approx([1.0, 1.0, 2.0, 3.0]) and len(calls) == 2  # as many as eigenvalues
-    conjugate_gradient(product, torch.ones(4), 1)
+    x, image = conjugate_gradient(product, torch.ones(4), 1)  # not solved yet
     assert len(calls) == 3
-    assert conjugate_gradient(product, torch.zeros(4), 5).tolist() == [0.0] * 4 and len(calls) == 3
+    assert image.tolist() == pytest.approx((x * torch.tensor([1.0, 2.0, 2.0, 1.0])).tolist())
+    assert conjugate_gradient(product, torch.zeros(4), 5)[0].tolist() == [0.0] * 4 and len(calls) == 3
 
 
 @pytest.mark.parametrize("kind", SPACES)
@@ -135,9 +138,9 @@ def test_a_thousand_steps_stay_within_their_limit(kind: str) -> None:
             scale = float(10 ** rng.uniform(-4, 4))
             samples = samples_of(agent, size, seed=int(rng.integers(2**31)), scale=scale)
             before = [w.detach().clone() for w in agent._weights]
-            old = agent._parameters(samples.obs).detach()
+            old = agent.model.parameters_of(samples.inputs).detach()
             said = agent._improve(samples)
-            new = agent._parameters(samples.obs).detach()
+            new = agent.model.parameters_of(samples.inputs).detach()
             kl = agent.distribution.kl(old.double(), new.double()).mean().item()
             if said["policy/tries"] == 0:
                 refused += 1
@@ -185,9 +188,9 @@ def test_a_full_step_has_the_kl_that_was_asked_for() -> None:
     """On a small trust region the quadratic holds: damping takes damping |step|^2 / 2 of it, the KL is the rest."""
     agent = agent_on(spaces.Discrete(3), delta=1e-6, damping=1e-3, cg_steps=30)
     samples = samples_of(agent, 64, seed=1)
-    before, old = flat(agent._weights).detach().clone(), agent._parameters(samples.obs).detach()
+    before, old = flat(agent._weights).detach().clone(), agent.model.parameters_of(samples.inputs).detach()
     assert agent._improve(samples)["policy/tries"] == 1
-    step, new = flat(agent._weights).detach() - before, agent._parameters(samples.obs).detach()
+    step, new = flat(agent._weights).detach() - before, agent.model.parameters_of(samples.inputs).detach()
     rest = 1e-6 - 1e-3 * float(step @ step) / 2
     assert 3e-7 < rest < 9e-7
     assert agent.distribution.kl(old.double(), new.double()).mean().item() == pytest.approx(rest, rel=0.03)
@@ -228,13 +231,13 @@ def test_the_critic_is_fitted_to_the_returns() -> None:
     seen: list[Tensor] = []
     fit = agent._fit
 
-    def noting(obs: Tensor, return_: Tensor) -> Tensor:
+    def noting(inputs: Any, return_: Tensor) -> Tensor:
         if not seen:
-            value = agent.model.value(agent.model.critic(obs)[0])
+            value = agent.model.value(agent.model.critic(inputs[0])[0])
             own = torch.autograd.grad(0.5 * (value - return_).square().mean(), critic)
             fit_gradient.extend(own)
         seen.append(return_)
-        loss = fit(obs, return_)
+        loss = fit(inputs, return_)
         if len(seen) == 1:
             for w, old, g in zip(critic, before, fit_gradient, strict=True):
                 scale = min(1.0, 0.5 / float(flat(fit_gradient).norm() + 1e-6))

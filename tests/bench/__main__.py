@@ -46,7 +46,9 @@ class Bench:
             sizes = [10_000] if self.quick else [100_000, 1_000_000]
             return {f"{size:,}": self.part("saving", name, size) for size in sizes}
         if name == "ceiling":
-            works = [each for each in _works(names) if WORKS[each].agent != "qtable"]
+            works = [
+                each for each in _works(names) if WORKS[each].agent != "qtable" and not WORKS[each].memory
+            ]
             return {each: self.part("ceiling", each, 0.3 if self.quick else 1.5) for each in works}
         work = WORKS[name]
         seconds = 1.0 if self.quick else 8.0 if work.frame_skip > 1 else 5.0
@@ -120,7 +122,7 @@ def _race(name: str, found: Found, limit: Found | None) -> list[str]:
     own, best = rates["ours"], max(work.peers, key=lambda side: median(rates[side]))
     ratio, each = median(own) / median(rates[best]), [a / b for a, b in zip(own, rates[best], strict=True)]
     peer, cell = f"{_rates(rates[best], work)}\n{best}", f"{ratio:.2f}\n{min(each):.2f}-{max(each):.2f}"
-    target = _target(f">= {work.target:g}", ratio >= work.target)
+    target = _target(f">= {work.target:g}", ratio >= work.target) if work.target else ""
     return [_rates(own, work), peer, cell, target, _share(median(own), limit, work) if limit else ""]
 
 

@@ -32,7 +32,7 @@ from backbones.compute import choose, guarded_compile, to_device
 from replay import Transition, Update
 from replay.ring import FINAL, Ring
 from runs import Run
-from tests.bench.works import PLAIN, WORKS, Work
+from tests.bench.works import WORKS, Work
 
 
 def timed(kind: type[Any], seconds: float) -> type[Any]:
@@ -74,8 +74,8 @@ def ours(work: Work, seconds: float) -> dict[str, Any]:
 
 
 def plain(work: Work, seconds: float) -> dict[str, Any]:
-    """Ours, without the parts of DQN."""
-    return ours(replace(work, settings=work.settings | PLAIN), seconds)
+    """Ours, without what the work is about."""
+    return ours(replace(work, settings=work.plain), seconds)
 
 
 def peer(work: Work, seconds: float, vectorization: str) -> dict[str, Any]:
@@ -83,16 +83,16 @@ def peer(work: Work, seconds: float, vectorization: str) -> dict[str, Any]:
     from stable_baselines3.common import env_util, logger, vec_env  # type: ignore[import-not-found]  # of "bench"
 
     torch.set_num_threads(work.threads or torch.get_num_threads())
-    policy, copies = (
-        "MlpPolicy",
-        {"n_envs": work.num_envs, "vec_env_cls": getattr(vec_env, vectorization), "seed": 0},
-    )
+    kind, policy = work.rival_agent
+    copies = {"n_envs": work.num_envs, "vec_env_cls": getattr(vec_env, vectorization), "seed": 0}
     if work.frame_skip == 1:
-        env = env_util.make_vec_env(work.env, **copies)
+        env = env_util.make_vec_env(envs.resolve(work.env).id, **copies)
     else:  # its wrapper skips frames; sticky actions count by frame, as in ours
-        policy, protocol = "CnnPolicy", {"frameskip": 1, "repeat_action_probability": 0.25}
+        protocol = {"frameskip": 1, "repeat_action_probability": 0.25}
         copies |= {"env_kwargs": protocol, "wrapper_kwargs": {"terminal_on_life_loss": False}}
-        env = vec_env.VecFrameStack(env_util.make_atari_env(f"ale_py:{work.env}", **copies), 4)
+        env = env_util.make_atari_env(f"ale_py:{work.env}", **copies)
+        stack = work.whole["stack"]
+        env = vec_env.VecFrameStack(env, stack) if stack > 1 else env
     marks: list[
         tuple[float, int, int]
     ] = []  # (time, steps, updates) at the first step after a round of updates
@@ -107,9 +107,10 @@ def peer(work: Work, seconds: float, vectorization: str) -> dict[str, Any]:
             marks.append((time.perf_counter(), local["self"].num_timesteps, updates))
         return not marks or marks[-1][0] - marks[0][0] < seconds
 
-    kind = getattr(importlib.import_module(work.rival), work.agent.upper())
     with tempfile.TemporaryDirectory() as folder:
-        model = kind(policy, env, seed=0, device="cpu", **work.peer())
+        model = getattr(importlib.import_module(work.rival), kind)(
+            policy, env, seed=0, device="cpu", **work.peer()
+        )
         model.policy.optimizer.register_step_post_hook(count)  # its own counts are of epochs or rollouts
         model.set_logger(logger.configure(folder, ["csv", "tensorboard"]))
         model.learn(work.settings["steps"], callback=clock)

@@ -63,12 +63,13 @@ class Work:
 
     env: str
     frame_skip: int
-    target: float  # ratio of speeds that is promised
+    target: float  # ratio of speeds that is promised; 0: nothing is
     settings: dict[str, Any]
     peers: tuple[str, ...] = ("DummyVecEnv",)  # vector envs that the peer is tried with; its best one counts
     agent: str = "dqn"
     threads: int = 0  # torch threads of the peer; 0 leaves its default
     extra: dict[str, Any] = field(default_factory=dict)  # the peer's arguments that have no counterpart
+    plain: dict[str, Any] = field(default_factory=dict)  # our settings on the side "plain"
     needs: tuple[str, ...] = ()  # modules that the environment imports
 
     @property
@@ -80,9 +81,24 @@ class Work:
         return self.agent in WORDS
 
     @property
+    def memory(self) -> bool:
+        """Whether a memory lies on top of its encoder."""
+        return "encoder" in self.settings
+
+    @property
+    def image(self) -> bool:
+        return self.settings.get("encoder", self.settings.get("backbone")) == "cnn"
+
+    @property
     def rival(self) -> str:
         """The package to compare with."""
-        return RIVALS.get(self.agent, "stable_baselines3")
+        return "sb3_contrib" if self.memory else RIVALS.get(self.agent, "stable_baselines3")
+
+    @property
+    def rival_agent(self) -> tuple[str, str]:
+        """The class to compare with and its policy, by name."""
+        kind, policy = self.agent.upper(), "Cnn" if self.image else "Mlp"
+        return (f"Recurrent{kind}", f"{policy}LstmPolicy") if self.memory else (kind, f"{policy}Policy")
 
     @cached_property
     def whole(self) -> dict[str, Any]:
@@ -126,13 +142,15 @@ class Work:
         s = self.whole
         found = {theirs: s[ours] for ours, theirs in WORDS[self.agent].items()}
         found["normalize_advantage"] = s["normalize_advantage"] in (True, "minibatch")
-        if s["backbone"] == "cnn":
-            found["policy_kwargs"] = {"share_features_extractor": not s["separate"]}
+        if self.image:
+            net: dict[str, Any] = {"share_features_extractor": not s["separate"]}
         else:  # whose actor and critic are always apart
             widths = list(s["hidden"])
-            found["policy_kwargs"] = {"net_arch": {"pi": widths, "vf": widths}}
-            found["policy_kwargs"]["activation_fn"] = ACTIVATIONS[s["activation"]]
-        return found
+            net = {"net_arch": {"pi": widths, "vf": widths}, "activation_fn": ACTIVATIONS[s["activation"]]}
+        if self.memory:
+            net["lstm_hidden_size"] = s["width"]
+            net |= {"enable_critic_lstm": s["separate"], "shared_lstm": not s["separate"]}
+        return found | {"policy_kwargs": net}
 
 
 # all of DQN's parts at once, against ours without any
@@ -153,10 +171,22 @@ PARTS = {
     "alpha": 0.5,
 }
 BOTH = ("DummyVecEnv", "SubprocVecEnv")
+# memory: the zoo's settings of RecurrentPPO for both, but for 128 steps on CartPole instead of 32 and narrower cells
+ALONE = VECTOR | PPO | QUIET | {"rollout": 128, "epochs": 20, "lr": 1e-3, "gamma": 0.98, "lam": 0.8}
+POLE = ALONE | {"backbone": "lstm", "encoder": "mlp", "width": 64}
+GAME = SCREEN | PPO | QUIET | {"rollout": 128, "lr": 2.5e-4, "clip": 0.1, "entropy": 0.01, "stack": 1}
+SCREEN_MEMORY = {"backbone": "lstm", "encoder": "cnn", "width": 256}
 WORKS = {
     "dqn-pong-1": Work("ALE/Pong-v5", 4, 2.5, PONG | QUIET, needs=("cv2",)),
     "dqn-pong-8": Work("ALE/Pong-v5", 4, 2.5, PONG | QUIET | {"num_envs": 8}, BOTH, needs=("cv2",)),
-    "dqn-parts": Work("ALE/Pong-v5", 4, 0.7, PONG | QUIET | {"num_envs": 8} | PARTS, ("plain",)),
+    "dqn-parts": Work(
+        "ALE/Pong-v5",
+        4,
+        0.7,
+        PONG | QUIET | {"num_envs": 8} | PARTS,
+        ("plain",),
+        plain=PONG | QUIET | {"num_envs": 8} | PLAIN,
+    ),
     "qtable-frozenlake": Work(
         "FrozenLake-v1", 1, 1.0, LAKE | QUIET, ("sync", "table"), agent="qtable", threads=1
     ),
@@ -197,4 +227,13 @@ WORKS = {
         threads=1,
         needs=("mujoco",),
     ),
+    "ppo-lstm-cartpole": Work("chordate/CartPoleNoVel-v1", 1, 4.0, POLE, agent="ppo", threads=1),
+    "ppo-lstm-pong": Work("ALE/Pong-v5", 4, 2.5, GAME | SCREEN_MEMORY, BOTH, agent="ppo", needs=("cv2",)),
+    **{
+        f"{kind}-cost": Work(
+            "chordate/CartPoleNoVel-v1", 1, 0, POLE | {"backbone": kind}, ("plain",), agent="ppo", plain=ALONE
+        )
+        for kind in ("lstm", "transformer")
+    },
+    "lstm-cost-pong": Work("ALE/Pong-v5", 4, 0, GAME | SCREEN_MEMORY, ("plain",), agent="ppo", plain=GAME),
 }
