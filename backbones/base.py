@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -86,3 +87,11 @@ def working_dtype(x: Tensor) -> torch.dtype:
     """The type to compute in: autocast's where it is on, otherwise float32."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+
+
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Compute in float32 even under autocast: what is carried from step to step must not depend on rounding."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()

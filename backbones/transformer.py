@@ -1,0 +1,222 @@
+"""A transformer over the last steps of the episode.
+
+Deviations from the course notes, 5.3:
+1. Only the decoder's masked self-attention, as in GPT: there is nothing to translate from.
+2. The norm comes before each part, not after it (Xiong et al. 2020): the residual stays the identity.
+3. The network in the feed-forward layer has GELU for ReLU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from backbones.base import Backbone, State, full_precision
+from backbones.memory import EncoderKnob, ages, encode
+from runs.config import Knob, UserError, check
+
+POSITIONS = ("relative", "sinusoidal", "learned")
+
+
+class Transformer(Backbone):
+    """Causal self-attention over the encodings of the last K = `context` steps of the episode, this one among them.
+
+        x = x + MHA(norm(x));  x = x + FF(norm(x))      in each of L layers, with a norm at the end
+        head = softmax(Q K^T / sqrt(d) + b) V           of H heads of d = D / H numbers
+
+    Positions: `relative`, b learned by head and distance (Raffel et al. 2020, without buckets); `sinusoidal`, of the
+    step in the episode, added to x at the bottom (Vaswani et al. 2017); `learned`, a table of K rows in its place, read
+    in a circle, so that no two steps within the context share one. With `gate` the residual sums become gates.
+    State: keys and values of the last K - 1 steps (B, L, 2, K - 1, D), and the age (B,) of the next step. They cross
+    from one pass to the next; those of former episodes are masked.
+    Shapes: obs (B, *S) or (T, B, *S) -> (B, D) or (T, B, D). T may exceed K.
+    Raises: UserError if the heads do not divide the width.
+    Source: the course notes, 5.3; Parisotto et al. 2019, arXiv 1910.06764 (memory, gate).
+    """
+
+    memory = True
+
+    def __init__(
+        self,
+        observation: spaces.Space[Any] | tuple[int, ...],
+        *,
+        encoder: EncoderKnob = None,
+        width: Annotated[int, Knob("width of the memory", low=1)] = 128,
+        layers: Annotated[int, Knob("layers of memory", low=1)] = 2,
+        heads: Annotated[int, Knob("attention heads of a layer", low=1)] = 4,
+        context: Annotated[int, Knob("steps that are attended to, this one among them", low=1)] = 64,
+        positions: Annotated[str, Knob("how steps are told apart", choices=POSITIONS)] = "relative",
+        gate: Annotated[bool, Knob("gates on the residuals, as in GTrXL")] = False,
+        **knobs: Any,
+    ) -> None:
+        """With an encoder, and its `knobs` if it is given by name."""
+        super().__init__()
+        given = {"width": width, "layers": layers, "heads": heads, "context": context}
+        check(Transformer, {**given, "positions": positions, "gate": gate})
+        if width % heads:
+            raise UserError(f"--heads must divide --width {width}, got {heads}")
+        self.encoder = encode(encoder, observation, knobs)
+        self.features, self.context, self.positions = width, context, positions
+        self.embed = nn.Linear(self.encoder.features, width)
+        self.layers = nn.ModuleList(_Layer(width, heads, gate) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        if positions == "relative":
+            self.table = nn.Parameter(torch.zeros(heads, context))
+        if positions == "learned":
+            self.table = nn.Parameter(0.02 * torch.randn(context, width))
+
+    def initial(self, n: int) -> State:
+        """See `Backbone.initial`."""
+        device = self.embed.weight.device
+        past = torch.zeros(n, len(self.layers), 2, self.context - 1, self.features, device=device)
+        return past, torch.zeros(n, dtype=torch.int64, device=device)
+
+    def forward(self, obs: Any, state: State = (), first: Tensor | None = None) -> tuple[Tensor, State]:
+        """See `Backbone.forward`."""
+        run = self._run(obs, state, first)
+        y = self.norm(run.inputs[-1]).transpose(0, 1)  # (T, B, D)
+        past = torch.cat([run.past, torch.stack(run.new, 1)], 3)[:, :, :, len(y) :]
+        return (y[0] if run.single else y), (past, run.age + 1)
+
+    def attention(self, obs: Any, state: State = (), first: Tensor | None = None) -> Tensor:
+        """The weight that each head gives to the step i steps back, for the arguments of `forward`.
+
+        Shapes: (B, L, H, K) or (T, B, L, H, K), index i in [0, K) on the last axis.
+        """
+        run, k = self._run(obs, state, first), self.context
+        layers = zip(self.layers, run.inputs, run.past.unbind(1), strict=False)
+        weights = torch.stack([layer.weights(x, past, run.bias) for layer, x, past in layers], 1)
+        steps = weights.shape[3]  # weights (B, L, H, T, K - 1 + T)
+        back = torch.arange(steps)[:, None] + torch.arange(k - 1, -1, -1)  # (T, K): where that step's weight lies
+        weights = weights.gather(4, back.to(weights.device).expand(*weights.shape[:3], steps, k))
+        weights = weights.permute(3, 0, 1, 2, 4)
+        return weights[0] if run.single else weights
+
+    def maps(self, obs: Tensor, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """Those of the encoder."""
+        return self.encoder.maps(obs, names)
+
+    def _run(self, obs: Any, state: State, first: Tensor | None) -> _Run:
+        x = self.encoder(obs)[0].float()
+        single = x.ndim == 2
+        if single:
+            x, first = x[None], None if first is None else first[None]
+        past, before = state or self.initial(x.shape[1])
+        with full_precision(x):
+            if first is None:
+                age = before + torch.arange(len(x), device=x.device)[:, None]
+            else:
+                age = ages(first, before)  # (T, B)
+            x, bias, new = self._placed(self.embed(x), age).transpose(0, 1), self._bias(age.T), []
+            inputs = [x]  # (B, T, D)
+            for layer, cached in zip(self.layers, past.unbind(1), strict=True):
+                x, now = layer(x, cached, bias)
+                inputs.append(x)
+                new.append(now)
+        return _Run(inputs, bias, past, new, age[-1], single)
+
+    def _placed(self, x: Tensor, age: Tensor) -> Tensor:
+        """x (T, B, D) and where each step stands in its episode."""
+        if self.positions == "relative":
+            return x
+        return x + (self.table[age % self.context] if self.positions == "learned" else sinusoids(age, x.shape[2]))
+
+    def _bias(self, age: Tensor) -> Tensor:
+        """What is added to the scores: age (B, T) -> (B, 1 or H, T, K - 1 + T), -inf where no look may go."""
+        past, steps = self.context - 1, age.shape[1]
+        here, there = torch.arange(steps, device=age.device), torch.arange(past + steps, device=age.device)
+        back = past + here[:, None] - there  # (T, K - 1 + T) how many steps
+        seen = ((back >= 0) & (back <= past) & (back <= age[..., None]))[:, None]
+        if self.positions != "relative":
+            return torch.zeros(seen.shape, device=age.device).masked_fill(~seen, -math.inf)
+        return self.table[:, back.clamp(0, past)].masked_fill(~seen, -math.inf)  # (B, H, T, K - 1 + T)
+
+
+class _Run(NamedTuple):
+    """What a pass leaves: the input of each layer and the output of the last, all (B, T, D), and what else went in."""
+
+    inputs: list[Tensor]
+    bias: Tensor
+    past: Tensor  # (B, L, 2, K - 1, D)
+    new: list[Tensor]  # L of (B, 2, T, D)
+    age: Tensor  # (B,) at the last step
+    single: bool
+
+
+class _Layer(nn.Module):
+    """Attention and a dense net, each on its norm, joined to x one after the other."""
+
+    def __init__(self, width: int, heads: int, gate: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.dense = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.joins = nn.ModuleList([Gate(width) if gate else _Sum(), Gate(width) if gate else _Sum()])
+
+    def forward(self, x: Tensor, past: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, D), past keys and values (B, 2, K - 1, D), bias -> x, the new keys and values (B, 2, T, D)."""
+        q, k, v, new = self._project(x, past)
+        y = F.scaled_dot_product_attention(q, k, v, bias)  # (B, H, T, d)
+        x = self.joins[0](x, self.out(y.transpose(1, 2).flatten(2)))
+        return self.joins[1](x, self.dense(self.norms[1](x))), new
+
+    def weights(self, x: Tensor, past: Tensor, bias: Tensor) -> Tensor:
+        """The attention in `forward`, (B, H, T, K - 1 + T)."""
+        q, k, _, _ = self._project(x, past)
+        return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3]) + bias).softmax(3)
+
+    def _project(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values by head (B, H, ., d), and the new keys and values (B, 2, T, D)."""
+        x = self.norms[0](x)
+        new = self.key_value(x).unflatten(2, (2, -1)).transpose(1, 2)
+        k, v = torch.cat([past, new], 2).unflatten(3, (self.heads, -1)).transpose(2, 3).unbind(1)
+        return self.query(x).unflatten(2, (self.heads, -1)).transpose(1, 2), k, v, new
+
+
+class _Sum(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+class Gate(nn.Module):
+    """GTrXL's gate in place of x + y: a GRU whose memory is x, which nearly passes x on at first.
+
+        y = relu(y);  r = sigma(W_r y + U_r x);  z = sigma(W_z y + U_z x - b)
+        h = tanh(W_h y + U_h (r * x));  (1 - z) * x + z * h         b = 2 at first
+
+    Shapes: x, y (.., D) -> (.., D).
+    Source: Parisotto et al. 2019, arXiv 1910.06764, 3.2.
+    """
+
+    def __init__(self, width: int) -> None:
+        """Of that width."""
+        super().__init__()
+        self.of_y = nn.Linear(width, 3 * width, bias=False)  # r z h
+        self.of_x = nn.Linear(width, 2 * width, bias=False)  # r z
+        self.of_reset = nn.Linear(width, width, bias=False)
+        self.bias = nn.Parameter(torch.full((width,), 2.0))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """See the class."""
+        y_r, y_z, y_h = self.of_y(y.relu()).chunk(3, -1)
+        x_r, x_z = self.of_x(x).chunk(2, -1)
+        r, z = (y_r + x_r).sigmoid(), (y_z + x_z - self.bias).sigmoid()
+        return (1 - z) * x + z * (y_h + self.of_reset(r * x)).tanh()
+
+
+def sinusoids(age: Tensor, width: int) -> Tensor:
+    """sin and cos of the age at wavelengths from 2 pi to 10,000 times that; (..) -> (.., width).
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762, 3.5, the sines before the cosines.
+    """
+    half = (width + 1) // 2
+    rate = 10_000 ** (-torch.arange(half, device=age.device) / half)
+    angle = age[..., None] * rate
+    return torch.cat([angle.sin(), angle.cos()], -1)[..., :width]
