@@ -421,8 +421,7 @@ class DQN:
 
     def initial(self, n: int) -> State:
         """See `Agent.initial`."""
-        with torch.no_grad():
-            return self._actor.backbone.initial(n)
+        return mapped(_numpy, self._actor.backbone.initial(n))
 
     def act(self, obs: Any, first: np.ndarray, state: State, step: int) -> Decision:
         """Epsilon-greedy; noisy layers draw new noise for each step."""
@@ -470,7 +469,7 @@ class DQN:
         with self.compute.acting():
             seen, begins = to_device(obs, device), None if first is None else to_device(first, device)
             out, state = self._actor.unroll(seen, to_device(state, device), begins)
-            return self._q(out, seen).cpu().numpy(), state
+            return self._q(out, seen).cpu().numpy(), mapped(_numpy, state)
 
     def _q(self, out: Tensor, obs: Any) -> Tensor:
         """Q(s, .) (B, A) of the head's output for obs, with forbidden actions out of reach."""
@@ -583,7 +582,9 @@ class DQN:
         optimizer = self._optimizers[pupil]
         judged = self.sequence_loss if self.memory else self.loss
         loss, metrics, error = judged(batch, later, pupil)
-        norm = optimizer.step(torch.autograd.grad(loss, optimizer.parameters), loss.detach())
+        # what memory begins with has no part in sequences in which no episode begins
+        gradients = torch.autograd.grad(loss, optimizer.parameters, materialize_grads=self.memory)
+        norm = optimizer.step(gradients, loss.detach())
         if pupil == 0 and self._acting is self.online:
             copy_weights(self.online, self._actor)
         return metrics | {"train/grad_norm": norm}, error.abs()
@@ -674,6 +675,10 @@ class DQN:
         """Everything random, by its name in a checkpoint."""
         streams = {"exploration": self._rng, "noise": self._noise, "coin": self._coin}
         return {name: stream for name, stream in streams.items() if stream is not None}
+
+
+def _numpy(leaf: Tensor) -> np.ndarray:
+    return leaf.detach().cpu().numpy()
 
 
 def _split(tree: Any, size: int, axis: int) -> Sequence[Any]:

@@ -120,7 +120,7 @@ class Net:
         with self.compute.acting():
             begins = None if first is None else to_device(first, device)
             out, state = self.net.unroll(to_device(obs, device), to_device(state, device), begins)
-            return out.cpu().numpy(), state
+            return out.cpu().numpy(), mapped(lambda leaf: leaf.cpu().numpy(), state)
 
     def learn(self, obs: Any, action: np.ndarray, target: np.ndarray, *memory: Any) -> dict[str, Tensor]:
         """Loss, gradient and one step of Adam.
@@ -139,7 +139,7 @@ class Net:
         with self.compute.autocast():
             q = self.net.unroll(obs, *memory)[0].flatten(0, 1) if memory else self.net(obs)
         loss, _ = td_loss(q, action, target, torch.ones_like(target), huber=False)
-        gradients = torch.autograd.grad(loss, self.optimizer.parameters)
+        gradients = torch.autograd.grad(loss, self.optimizer.parameters, materialize_grads=self.memory)
         norm = self.optimizer.step(gradients, loss.detach())
         return {"loss/td": loss.detach(), "train/grad_norm": norm}
 
@@ -201,8 +201,7 @@ class SARSA(EpsilonGreedy):
         """See `Agent.initial`."""
         if self._remembers is None:
             return ()
-        with torch.no_grad():
-            return self._remembers.net.backbone.initial(n)
+        return mapped(lambda leaf: leaf.detach().cpu().numpy(), self._remembers.net.backbone.initial(n))
 
     def recall(self, obs: Any, first: np.ndarray | None, state: State) -> tuple[np.ndarray, State]:
         """See `EpsilonGreedy.recall`."""

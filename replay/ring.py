@@ -180,15 +180,19 @@ class Ring:
         Blocks that nothing was ever written to are left out.
         """
         arrays = self._small()
-        blocks = np.flatnonzero(self._touched(np.zeros_like(self._count)))
-        return arrays | {name: array for block in blocks for name, array in self._block(int(block)).items()}
+        return arrays | {name: array for block in self.used() for name, array in self._block(block).items()}
 
     def unchanged(self) -> set[str]:
         """The names in `state_dict` whose arrays are as they were at the last `saved` or `load_state_dict`."""
-        if self._saved is None:
-            return set()
-        still = np.flatnonzero(~self._touched(self._saved))
-        return {name for block in still for name in self._block(int(block))}
+        return {name for block in self.still() for name in self._block(block)}
+
+    def used(self) -> list[int]:
+        """The blocks of `BLOCK` slots that anything was ever written to."""
+        return np.flatnonzero(self._touched(np.zeros_like(self._count))).tolist()
+
+    def still(self) -> list[int]:
+        """The blocks that nothing was written to since the last `saved` or `load_state_dict`."""
+        return [] if self._saved is None else np.flatnonzero(~self._touched(self._saved)).tolist()
 
     def saved(self) -> None:
         """What `state_dict` gave has been stored."""

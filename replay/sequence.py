@@ -23,7 +23,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from replay.priority import Preferred, Priority
-from replay.ring import Ring
+from replay.ring import BLOCK, Ring
 from replay.tree import mapped
 from replay.types import Sequences, Transition
 
@@ -150,12 +150,13 @@ class SequenceRing:
             self.preferred.update(index.numpy(), error.cpu().numpy())
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """See `Ring.state_dict`."""
-        return self.ring.state_dict() | self._own()
+        """See `Ring.state_dict`; what was remembered comes in blocks, too."""
+        blocks = {name: array for block in self.ring.used() for name, array in self._block(block).items()}
+        return self.ring.state_dict() | self._small() | blocks
 
     def unchanged(self) -> set[str]:
         """See `Ring.unchanged`."""
-        return self.ring.unchanged()
+        return self.ring.unchanged() | {name for block in self.ring.still() for name in self._block(block)}
 
     def saved(self) -> None:
         """See `Ring.saved`."""
@@ -163,7 +164,10 @@ class SequenceRing:
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """See `Ring.load_state_dict`."""
-        own, found = self._own(), {name: array for name, array in state.items() if name.startswith(OWN)}
+        found = {name: array for name, array in state.items() if name.startswith(OWN)}
+        blocks = range(-(-len(self._first) // BLOCK))
+        own = {name: array for block in blocks for name, array in self._block(block).items() if name in found}
+        own |= self._small()
         if own.keys() != found.keys() or any(own[name].shape != found[name].shape for name in own):
             raise ValueError(
                 "this replay was saved with sequences of another length, or of another net's memory"
@@ -174,11 +178,14 @@ class SequenceRing:
         if self.preferred is not None:
             self.preferred.load_state_dict(found)
 
-    def _own(self) -> dict[str, np.ndarray]:
-        """What is saved beside the ring."""
-        states = {f"state.{k}": kept for k, kept in enumerate(self._state)}
-        preferred = self.preferred.state_dict() if self.preferred else {}
-        return {"first": self._first, **states, **preferred}
+    def _small(self) -> dict[str, np.ndarray]:
+        """What is saved whole, beside the ring."""
+        return {"first": self._first, **(self.preferred.state_dict() if self.preferred else {})}
+
+    def _block(self, block: int) -> dict[str, np.ndarray]:
+        """What was remembered at the slots of a block of the ring."""
+        rows = slice(-(-block * BLOCK // self.stride), -(-(block + 1) * BLOCK // self.stride))
+        return {f"state.{k}.{block}": kept[rows] for k, kept in enumerate(self._state)}
 
     def _place(self, lane: np.ndarray, number: np.ndarray) -> np.ndarray:
         """Where the `number`-th start of a lane lies among all starts in the ring."""

@@ -259,7 +259,7 @@ def test_acting_carries_the_memory_and_episodes_reset_it() -> None:
         assert greedy.action.tolist() == values.argmax(1).tolist()
         assert agent.probabilities(obs[t], first[t], state).argmax(1).tolist() == greedy.action.tolist()
         state = agent.act(obs[t], first[t], state, 10**9).state
-        assert torch.equal(state[0], greedy.state[0])
+        assert np.array_equal(state[0], greedy.state[0])
         for n in range(2):
             begin = max(s for s in range(t + 1) if first[s, n])
             expected, _ = walked(

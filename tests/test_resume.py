@@ -126,6 +126,25 @@ def test_memory_goes_on_to_the_bit(tmp_path, monkeypatch, make, env, settings, k
     assert state["counters"]["updates"] > 0 and state["loop"]["state.0"].any()
 
 
+NETS = {
+    "lstm": dict(width=8, start="normal", encoder="mlp"),
+    "gru": dict(width=8, start="learned"),
+    "transformer": dict(width=8, heads=2, layers=1, context=5),
+    "window": dict(window=3),
+}
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("agent", ["dqn", "sarsa"])
+def test_every_memory_goes_on_to_the_bit(tmp_path, monkeypatch, agent, net):
+    own = OFF | {"num_envs": 2} if agent == "dqn" else {"rollout": 5, "num_envs": 2}
+    settings = {**RUN, **NETS[net], **own, "backbone": net}
+    assert_same_run(
+        *interrupted(monkeypatch, tmp_path, "CartPole-v1", 150, agent=agent, small={}, **settings)
+    )
+    assert "state.0" in Run.open(tmp_path / "other").load("latest")["loop"]
+
+
 ACTORS = {
     "reinforce": dict(episodes=3, value_epochs=3),
     "a2c": dict(rollout=10),
