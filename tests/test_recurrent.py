@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from gymnasium import spaces
 
 import envs
 from agents import train
-from agents.dqn import DQN, ETA, Config, sequence_error
+from agents.dqn import DQN, ETA, sequence_error
 from agents.evaluate import Evaluator, shots
 from agents.loop import off_policy
 from agents.sarsa import SARSA
@@ -527,7 +526,3 @@ def train_object(name: str, path: Any) -> None:
 
     agent = load(name)(backbone=Elman(1))
     agent.build(VECTOR, spaces.Discrete(2), CPU, np.random.SeedSequence(0), print)
-
-
-def test_no_knob_of_sequences_is_forgotten() -> None:
-    assert {field.name for field in fields(Config)} >= {"sequence", "burn_in"}
