@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 from torch import Tensor
 
 from agents.actor import ActorConfig, Inputs, PolicyAgent, Samples
@@ -82,8 +81,7 @@ class A2C(PolicyAgent):
         of_value = value_loss(value, value, return_, None)
         entropy = self.distribution.entropy(p if config.entropy else p.detach()).mean()
         loss = of_policy + config.value_weight * of_value - config.entropy * entropy
-        gradients = torch.autograd.grad(loss, self.optimizer.parameters)
-        norm = self.optimizer.step(gradients, loss.detach())
+        norm = self.optimizer.step(self.gradients(loss, self.optimizer), loss.detach())
         return {
             "loss/policy": of_policy.detach(),
             "loss/value": of_value.detach(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
@@ -339,6 +339,10 @@ class PolicyAgent(ABC):
         if not self.compute.compile or self.model.memory:
             return function
         return guarded_compile(function, self._say)
+
+    def gradients(self, loss: Tensor, optimizer: Optimizer) -> Sequence[Tensor]:
+        """Of what the optimizer moves; what memory begins with has none where no episode begins."""
+        return torch.autograd.grad(loss, optimizer.parameters, materialize_grads=self.model.memory)
 
     def estimate(self, rollout: Rollout, reward: np.ndarray, next_value: np.ndarray) -> tuple[Any, Any]:
         """Advantages and the critic's targets, both (T, N): GAE, and R = A + V."""

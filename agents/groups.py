@@ -144,10 +144,11 @@ def _number(value: float | None) -> float:
 def _completed(outcomes: list[Outcome]) -> list[Outcome]:
     """The outcomes, each with all settings: a knob that came after a run had its default's effect then."""
 
-    def kind(outcome: Outcome) -> tuple[str, str]:
-        return str(outcome.settings["agent"]), str(outcome.settings.get("backbone", ""))
+    def kind(outcome: Outcome) -> tuple[str, str, str | None]:
+        settings = outcome.settings
+        return str(settings["agent"]), str(settings.get("backbone", "")), settings.get("encoder")
 
-    known: dict[tuple[str, str], set[str]] = {}
+    known: dict[tuple[str, str, str | None], set[str]] = {}
     for outcome in outcomes:
         known.setdefault(kind(outcome), set()).update(outcome.settings)
     lacking = {kind(outcome) for outcome in outcomes if known[kind(outcome)] - outcome.settings.keys() - FREE}
@@ -158,11 +159,11 @@ def _completed(outcomes: list[Outcome]) -> list[Outcome]:
     ]
 
 
-def _defaults(agent: str, backbone: str, names: set[str]) -> dict[str, Any]:
+def _defaults(agent: str, backbone: str, encoder: str | None, names: set[str]) -> dict[str, Any]:
     from agents.training import owners  # imports torch; runs of one version do without
 
     try:
-        found = [field for owner in owners(agent, backbone).values() for field in fields(owner)]
+        found = [field for owner in owners(agent, backbone, encoder).values() for field in fields(owner)]
     except UserError:  # an agent or a backbone that is gone by now
         return {}
     return {field.name: field.default for field in found if field.name in names}

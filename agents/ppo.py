@@ -140,8 +140,7 @@ class PPO(PolicyAgent):
         of_policy = policy_loss(logp, samples.logp, advantage, self._clip)
         of_value = value_loss(value, samples.value, samples.return_, config.clip_value)
         loss = of_policy + config.value_weight * of_value - config.entropy * entropy
-        gradients = torch.autograd.grad(loss, self.optimizer.parameters)
-        norm = self.optimizer.step(gradients, loss.detach())
+        norm = self.optimizer.step(self.gradients(loss, self.optimizer), loss.detach())
         kl = approximate_kl(logp.detach(), samples.logp)
         clipped = ((logp.detach() - samples.logp).exp() - 1).abs() > self._clip
         return {

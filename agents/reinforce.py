@@ -134,7 +134,7 @@ class REINFORCE(PolicyAgent):
         of_policy = actor_loss(self.distribution.log_prob(p, samples.action), advantage)
         loss = of_policy - config.entropy * entropy
         self.optimizer.begin(self._lr(self.steps))
-        norm = self.optimizer.step(torch.autograd.grad(loss, self.optimizer.parameters), loss.detach())
+        norm = self.optimizer.step(self.gradients(loss, self.optimizer), loss.detach())
         self.updates += 1
         metrics = {
             "loss/policy": of_policy.detach(),
@@ -154,7 +154,7 @@ class REINFORCE(PolicyAgent):
                 value = self.model.values_of(samples.inputs)
             loss = value_loss(value, value, samples.return_, None)
             self._critic.begin()
-            self._critic.step(torch.autograd.grad(loss, self._critic.parameters), loss.detach())
+            self._critic.step(self.gradients(loss, self._critic), loss.detach())
         return loss.detach()
 
     def state_dict(self) -> dict[str, dict[str, Any]]:

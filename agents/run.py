@@ -7,6 +7,7 @@ python -m agents.run AGENT --run DIR --resume [--steps N] [--strict]
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import sys
 from collections.abc import Callable
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> int:
     if name.startswith("-"):
         raise UserError(f"the first word must be an agent ({', '.join(AGENTS)}), got {name}")
     pick("agent", name, AGENTS)
-    given = _parser(name, _value_of("--backbone", rest) or "").read(rest)
+    given = _parser(name, _value_of("--backbone", rest), _value_of("--encoder", rest)).read(rest)
     again, strict = given.pop("resume"), given.pop("strict")
     if again:
         return _report(_resume(name, given, strict))
@@ -108,9 +109,10 @@ def _resume(name: str, given: dict[str, Any], strict: bool) -> Any:
     return resume(path, steps=steps, strict=strict, **computing)
 
 
-def _parser(agent: str, backbone: str) -> Parser:
-    """All flags; both backbones' flags are shown until one is chosen."""
+def _parser(agent: str, backbone: str | None, encoder: str | None) -> Parser:
+    """All flags; those of every backbone and encoder are shown until one is chosen."""
     from agents.training import owners
+    from backbones import FEEDFORWARD
 
     text = "Values come from: default < preset < --config < flag. Steps are agent decisions."
     parser = Parser(prog=f"python -m agents.run {agent}", description=text, usage="%(prog)s --env ID [flags]")
@@ -122,8 +124,9 @@ def _parser(agent: str, backbone: str) -> Parser:
     where.add_argument("--resume", action="store_true", default=False, help="go on with the run in --run")
     where.add_argument("--strict", action="store_true", default=False, help="refuse to if bits may differ")
     where.add_argument("--config", metavar="FILE", help="JSON file of settings, e.g. a run's config.json")
-    for each in [backbone] if backbone else load(agent).backbones:
-        for title, owner in owners(agent, each).items():
+    nets, below = [backbone] if backbone else load(agent).backbones, [encoder] if encoder else FEEDFORWARD
+    for net, encoder in itertools.product(nets, below):
+        for title, owner in owners(agent, net, encoder).items():
             if title not in [group.title for group in parser._action_groups]:
                 parser.add_knobs(title, owner)
     return parser

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from gymnasium import spaces
 
 import backbones
 import envs
@@ -46,7 +47,9 @@ class RunConfig:
     steps: Annotated[int, Knob("agent steps, over all environments", low=1)] = 100_000
     seed: Annotated[int, Knob("everything random follows from it", low=0)] = 0
     num_envs: Annotated[int, Knob("environments stepped together", low=1)] = 1
-    backbone: Annotated[str, Knob("mlp, cnn or table; chosen by the observation", metavar="NAME")] = ""
+    backbone: Annotated[
+        str, Knob(f"{', '.join(backbones.BACKBONES)} or table; chosen by the observation", metavar="NAME")
+    ] = ""
     vectorization: Annotated[str, Knob("of environments", choices=("auto", "sync", "async", "vector"))] = (
         "auto"
     )
@@ -70,7 +73,7 @@ class Parts(NamedTuple):
 
     run: RunConfig
     agent: Any
-    net: dict[str, Any]  # the backbone's knobs
+    net: dict[str, Any]  # the knobs of the backbone, and of the encoder below it
     env: EnvConfig
     compute: ComputeConfig
 
@@ -86,8 +89,11 @@ class Result:
     saved: int | None  # step of the newest checkpoint
 
 
-def owners(agent: str, backbone: str) -> dict[str, Callable[..., Any]]:
-    """Who owns which settings, by the title of their group of flags."""
+def owners(agent: str, backbone: str, encoder: str | None = None) -> dict[str, Callable[..., Any]]:
+    """Who owns which settings, by the title of their group of flags.
+
+    `encoder`: the net below a backbone with memory; others have none.
+    """
     kind = load(agent)
     net: dict[str, Callable[..., Any]] = {}
     if not backbone.startswith(OBJECT):
@@ -97,6 +103,9 @@ def owners(agent: str, backbone: str) -> dict[str, Callable[..., Any]]:
                 f"--backbone of {agent} must be one of {allowed}, got {backbone!r}.{nearest(backbone, kind.backbones)}"
             )
         net = {f"backbone {backbone}": Table if backbone == "table" else backbones.load(backbone)}
+        if backbone in backbones.MEMORY and encoder is not None:
+            check(backbones.load(backbone), {"encoder": encoder})
+            net[f"encoder {encoder}"] = backbones.load(encoder)
     return {
         "run": RunConfig,
         f"agent {agent}": kind.Config,
@@ -128,12 +137,14 @@ def resolve(
         chosen = {key: value for key, value in chosen.items() if key not in atari | {"net"}}
     merged = {**chosen, **asked, "agent": agent, "env": env_id, "preset": name}
     if not merged.get("backbone"):
-        config = {k: v for k, v in merged.items() if k in atari}
-        merged["backbone"] = _default_backbone(agent, env_id, config)
-    groups = owners(agent, merged["backbone"]).values()
+        merged["backbone"] = default_backbone(load(agent).backbones, _observed(env_id, merged))
+    if merged["backbone"] in backbones.MEMORY and merged.get("encoder") is None:
+        merged["encoder"] = backbones.default(_observed(env_id, merged))
+    groups = _owners(merged).values()
     known = {field.name: field.default for owner in groups for field in fields(owner)}
     for key in asked.keys() - known.keys() - {"agent", "preset"}:
-        raise UserError(f"unknown setting {key!r} for {agent} on {merged['backbone']}.{nearest(key, known)}")
+        net = f"{merged['backbone']} above {merged['encoder']}" if "encoder" in merged else merged["backbone"]
+        raise UserError(f"unknown setting {key!r} for {agent} on {net}.{nearest(key, known)}")
     for key in (
         chosen.keys() - known.keys()
     ):  # knobs of the preset's backbone, where another one was asked for
@@ -155,17 +166,17 @@ def parts(settings: Mapping[str, Any]) -> Parts:
     """
     dealt = {
         title.split()[0]: {field.name: settings[field.name] for field in fields(owner)}
-        for title, owner in owners(settings["agent"], settings["backbone"]).items()
+        for title, owner in _owners(settings).items()
     }
-    for title, owner in owners(settings["agent"], settings["backbone"]).items():
-        if title.startswith("backbone"):
-            check(owner, dealt["backbone"])
+    for title, owner in _owners(settings).items():
+        if title.startswith(("backbone", "encoder")):
+            check(owner, dealt[title.split()[0]])
     check(EnvConfig, dealt["environment"])
     check(ComputeConfig, dealt["computing"])
     return Parts(
         RunConfig(**dealt["run"]),
         load(settings["agent"]).Config(**dealt["agent"]),
-        dealt.get("backbone", {}),
+        {**dealt.get("backbone", {}), **dealt.get("encoder", {})},
         EnvConfig(**dealt["environment"]),
         ComputeConfig(**dealt["computing"]),
     )
@@ -365,7 +376,7 @@ def _complete(run: Run) -> dict[str, Any]:
     """
     settings = run.config
     try:
-        groups = owners(settings["agent"], settings.get("backbone", "")).values()
+        groups = _owners({"backbone": "", **settings}).values()
         settings = {field.name: field.default for owner in groups for field in fields(owner)} | settings
         parts(settings)
     except KeyError as error:
@@ -403,13 +414,16 @@ def restore(path: str | Path, which: str) -> tuple[Agent, dict[str, Any], EnvCon
     return agent, settings, chosen.env
 
 
-def _default_backbone(agent: str, env_id: str, config: Mapping[str, Any]) -> str:
-    """The agent's backbone for what this environment shows; asks a copy of it."""
+def _owners(settings: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
+    return owners(settings["agent"], settings["backbone"], settings.get("encoder"))
+
+
+def _observed(env_id: str, settings: Mapping[str, Any]) -> spaces.Space[Any]:
+    """The space of what this environment shows; asks a copy of it."""
+    config = {field.name: settings[field.name] for field in fields(EnvConfig) if field.name in settings}
     env = envs.make(env_id, 1, 0, EnvConfig(**config))
-    try:
-        return default_backbone(load(agent).backbones, env.single_observation_space)
-    finally:
-        env.close()
+    env.close()
+    return env.single_observation_space
 
 
 def _has_screen(env_id: str, obs: str) -> bool:

@@ -68,9 +68,7 @@ def surrogate(logp: Tensor, old_logp: Tensor, advantage: Tensor) -> Tensor:
     return ((logp - old_logp).exp() * advantage).mean()
 
 
-def conjugate_gradient(
-    product: Callable[[Tensor], Tensor], g: Tensor, steps: int
-) -> tuple[Tensor, Tensor]:
+def conjugate_gradient(product: Callable[[Tensor], Tensor], g: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """x with A x = g for a symmetric positive definite A, given v -> A v; and A x, without one more product.
 
     Shapes: (D,).
@@ -105,14 +103,15 @@ class Fisher:
         """Of parameters p (B, P) that depend on the weights."""
         self.distribution, self.p, self.weights, self.damping = distribution, p, weights, damping
         self._u = torch.zeros_like(p, requires_grad=True)
-        back = torch.autograd.grad(p, weights, self._u, create_graph=True)
+        back = torch.autograd.grad(p, weights, self._u, create_graph=True, materialize_grads=True)
         self._back = flat(back)  # (D,) J^T u
 
     def __call__(self, v: Tensor) -> Tensor:
         """The product, (D,) -> (D,)."""
         (forward,) = torch.autograd.grad(self._back, self._u, v, retain_graph=True)  # (B, P) J v
         bent = self.distribution.curvature(self.p.detach(), forward) / len(forward)
-        return flat(torch.autograd.grad(self.p, self.weights, bent, retain_graph=True)) + self.damping * v
+        back = torch.autograd.grad(self.p, self.weights, bent, retain_graph=True, materialize_grads=True)
+        return flat(back) + self.damping * v
 
 
 def line_search(
@@ -197,7 +196,7 @@ class TRPO(PolicyAgent):
             return float(gain(new)), float(self.distribution.kl(old, new).mean())
 
         before = gain(p)
-        g = flat(torch.autograd.grad(before, weights, retain_graph=True))
+        g = flat(torch.autograd.grad(before, weights, retain_graph=True, materialize_grads=True))
         fisher = Fisher(self.distribution, p, weights, config.damping)
         x, image = conjugate_gradient(fisher, g, config.cg_steps)
         step = (2 * config.delta / (x @ image).clamp(min=torch.finfo(x.dtype).tiny)).sqrt() * x
@@ -231,7 +230,7 @@ class TRPO(PolicyAgent):
         with self.compute.autocast():
             value = self.model.values_of(Inputs(*inputs))
         loss = value_loss(value, value, return_.flatten(), None)
-        self.optimizer.step(torch.autograd.grad(loss, self.optimizer.parameters), loss.detach())
+        self.optimizer.step(self.gradients(loss, self.optimizer), loss.detach())
         return loss.detach()
 
     def state_dict(self) -> dict[str, dict[str, Any]]:

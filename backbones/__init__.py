@@ -60,9 +60,7 @@ def default(space: spaces.Space[Any] | tuple[int, ...]) -> str:
     return "cnn" if Encoder(space).image else "mlp"
 
 
-def build(
-    backbone: str | Backbone, space: spaces.Space[Any] | tuple[int, ...], **knobs: Any
-) -> Backbone:
+def build(backbone: str | Backbone, space: spaces.Space[Any] | tuple[int, ...], **knobs: Any) -> Backbone:
     """A backbone for observations of `space`: an instance as it is, a name with its knobs."""
     return load(backbone)(space, **knobs) if isinstance(backbone, str) else backbone  # type: ignore[call-arg]
 

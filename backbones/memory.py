@@ -14,7 +14,7 @@ from runs.config import Knob, UserError, check, pick
 
 EncoderKnob = Annotated[
     str | Backbone | None,
-    Knob("net below the memory, takes its own flags; by itself as seen", choices=FEEDFORWARD),
+    Knob("net below the memory; chosen by the observation", choices=FEEDFORWARD),
 ]
 
 
@@ -30,7 +30,9 @@ def encode(
         pick("encoder", name, {known: BACKBONES[known] for known in FEEDFORWARD})
         check(load(name), knobs)
     elif knobs:
-        raise UserError(f"{', '.join(knobs)} belongs to the encoder object: give it to {type(name).__name__}(...)")
+        raise UserError(
+            f"{', '.join(knobs)} belongs to the encoder object: give it to {type(name).__name__}(...)"
+        )
     net = build(name, observation, **knobs)
     if net.memory:
         raise UserError(f"the encoder below a memory must be feed-forward, got {type(net).__name__}")

@@ -1,7 +1,7 @@
 """Recurrent nets: what was seen before is summed up in a hidden state.
 
 Deviations from the course notes, 5.2:
-1. The weights W_g of [h, x] are kept as two matrices and two biases, as torch's kernels want them; the sums are the same.
+1. The weights W_g of [h, x] are two matrices and two biases, as torch's kernels want them; the sums are the same.
 2. A GRU is built as well, which the notes leave out.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -53,8 +54,9 @@ class Recurrent(Backbone, ABC):
     """
 
     memory = True
-    kernel: type[nn.RNNBase]  # torch's layers
+    kernel: type[nn.RNN] | type[nn.GRU] | type[nn.LSTM]  # torch's layers
     carried: int  # P
+    key: Tensor  # of `normal` starts
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class Recurrent(Backbone, ABC):
             self.register_buffer("key", torch.randint(2**62, ()))
 
     @abstractmethod
-    def cell(self, x: Tensor, memory: Tensor, weights: list[Tensor]) -> Tensor:
+    def cell(self, x: Tensor, memory: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """One step of one layer: x (B, E), memory (B, P, H) -> memory (B, P, H), h first."""
 
     def initial(self, n: int) -> State:
@@ -94,7 +96,9 @@ class Recurrent(Backbone, ABC):
         x = self.encoder(obs)[0].float()
         with full_precision(x):
             state = state or self.initial(x.shape[-2])
-            return self._step(x, state, first) if x.ndim == 2 else self._scan(x, state, first)
+            if x.ndim == 2:
+                return self._step(x, state, first)
+            return self._scan(x, state, first)  # type: ignore[call-arg]  # its decorator hides that it is a method
 
     def maps(self, obs: Tensor, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """Those of the encoder."""
@@ -107,29 +111,35 @@ class Recurrent(Backbone, ABC):
             return normal(keys, math.prod(shape)).view(n, *shape)
         if self.start == "learned":
             return self.learned.expand(n, *shape)
-        return torch.zeros(n, *shape, device=self.layers.weight_ih_l0.device)
+        return torch.zeros(n, *shape, device=next(self.parameters()).device)
+
+    def _reset(self, state: State, first: Tensor) -> State:
+        """Begin anew in the rows where first (B,) is true."""
+        if not first.any():
+            return state
+        memory, *keys = state
+        keys = [key + first * GOLDEN for key in keys]
+        return torch.where(first[:, None, None, None], self._begin(len(first), *keys), memory), *keys
 
     def _step(self, x: Tensor, state: State, first: Tensor | None) -> tuple[Tensor, State]:
-        memory, *keys = state
-        if first is not None and first.any():
-            keys = [key + first * GOLDEN for key in keys]
-            memory = torch.where(first[:, None, None, None], self._begin(len(x), *keys), memory)
+        memory, *keys = state if first is None else self._reset(state, first)
         after = []
         for layer, weights in enumerate(self.layers.all_weights):
             after.append(self.cell(x, memory[:, :, layer], weights))
             x = after[-1][:, 0]
         return x, (torch.stack(after, 2), *keys)
 
+    @torch.compiler.disable  # every pass has other pieces, and would be compiled anew
     def _scan(self, x: Tensor, state: State, first: Tensor | None) -> tuple[Tensor, State]:
         """Every piece of an episode in x (T, B, E) at once."""
-        memory, *keys = state
-        if first is None or not first.any():
+        memory, *keys = state if first is None else self._reset(state, first[0])
+        if first is None or not first[1:].any():
             y, memory = self._run(x, memory)
             return y, (memory, *keys)
         found = pieces(first)
         keys = [key[found.row] + found.number * GOLDEN for key in keys]
         begun = torch.where(
-            found.new[:, None, None, None], self._begin(len(found.row), *keys), memory[found.row]
+            (found.number > 0)[:, None, None, None], self._begin(len(found.row), *keys), memory[found.row]
         )
         y, memory = self._in_powers(x, begun, found)
         return y, (memory[found.last], *(key[found.last] for key in keys))
@@ -141,25 +151,29 @@ class Recurrent(Backbone, ABC):
         Shapes: x (T, B, E), memory (S, P, L, H) -> (T, B, H) and the memories after (S, P, L, H).
         """
         flat, outputs, places = x.flatten(0, 1), [], []
-        at, left = found.at, found.length
+        at, left = found.at.clone(), found.length
         for power in reversed(range(int(left.max()).bit_length())):
             steps = 2**power
             some = (left & steps).nonzero()[:, 0]  # (R,) the pieces with such a block
             if len(some):
-                place = at[some] + torch.arange(steps)[:, None] * x.shape[1]  # (steps, R)
-                some, at = some.to(x.device), at.index_add(0, some, torch.full_like(some, steps * x.shape[1]))
-                places.append(place.flatten().to(x.device))
-                y, after = self._run(flat[place.to(x.device)], memory[some])
+                place = (at[some] + torch.arange(steps)[:, None] * x.shape[1]).to(x.device)  # (steps, R)
+                at[some] += steps * x.shape[1]
+                some = some.to(x.device)
+                y, after = self._run(flat[place], memory[some])
                 memory = memory.index_copy(0, some, after)
                 outputs.append(y.flatten(0, 1))
+                places.append(place.flatten())
         y = torch.cat(outputs)
         return torch.empty_like(y).index_copy(0, torch.cat(places), y).unflatten(0, x.shape[:2]), memory
 
     def _run(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """One kernel call: x (T, R, E), memory (R, P, L, H) -> (T, R, H), the memory after."""
         parts = memory.permute(1, 2, 0, 3).contiguous().unbind()  # P of (L, R, H)
-        y, after = self.layers(x, parts if len(parts) > 1 else parts[0])
-        return y, torch.stack(after if len(parts) > 1 else (after,)).permute(2, 0, 1, 3)
+        if self.carried == 1:
+            y, after = self.layers(x, parts[0])
+            return y, after.transpose(0, 1)[:, None]
+        y, after = self.layers(x, parts)
+        return y, torch.stack(after).permute(2, 0, 1, 3)
 
 
 class RNN(Recurrent):
@@ -167,7 +181,7 @@ class RNN(Recurrent):
 
     kernel, carried = nn.RNN, 1
 
-    def cell(self, x: Tensor, memory: Tensor, weights: list[Tensor]) -> Tensor:
+    def cell(self, x: Tensor, memory: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """See `Recurrent.cell`."""
         return torch.rnn_tanh_cell(x, memory[:, 0], *weights)[:, None]
 
@@ -185,7 +199,7 @@ class GRU(Recurrent):
 
     kernel, carried = nn.GRU, 1
 
-    def cell(self, x: Tensor, memory: Tensor, weights: list[Tensor]) -> Tensor:
+    def cell(self, x: Tensor, memory: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """See `Recurrent.cell`."""
         return torch.gru_cell(x, memory[:, 0], *weights)[:, None]
 
@@ -199,14 +213,14 @@ class LSTM(Recurrent):
 
     kernel, carried = nn.LSTM, 2
 
-    def cell(self, x: Tensor, memory: Tensor, weights: list[Tensor]) -> Tensor:
+    def cell(self, x: Tensor, memory: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """See `Recurrent.cell`."""
         h, c = memory.unbind(1)
         return torch.stack(torch.lstm_cell(x, (h, c), *weights), 1)
 
 
 class Pieces(NamedTuple):
-    """The S pieces of episodes in a (T, B) pass, row by row; `at` and `length` lie on the CPU.
+    """The S pieces into which resets after t = 0 cut a (T, B) pass, row by row; `at` and `length` lie on the CPU.
 
     Shapes: all (S,) but last (B,).
     """
@@ -214,22 +228,19 @@ class Pieces(NamedTuple):
     at: Tensor  # t B + b of the first step
     length: Tensor  # steps
     row: Tensor  # b
-    number: Tensor  # how many episodes began in the row up to here
-    new: Tensor  # whether an episode begins with it
+    number: Tensor  # how many of the row are before it
     last: Tensor  # the piece in which each row ends
 
 
 def pieces(first: Tensor) -> Pieces:
-    """Cut first (T, B) where episodes begin, and at t = 0."""
-    device, rows = first.device, first.T.cpu()  # (B, T)
-    n, steps = rows.shape
-    cut = rows.clone()
+    """Cut first (T, B) at t = 0 and wherever an episode begins."""
+    device, cut = first.device, first.T.cpu().clone()  # (B, T)
     cut[:, 0] = True
+    n, steps = cut.shape
     row, t = cut.nonzero().unbind(1)
-    where = row * steps + t
-    length = torch.diff(where, append=torch.tensor([n * steps]))
-    number, new, last = rows.cumsum(1)[row, t], rows[row, t], cut.sum(1).cumsum(0) - 1
-    on_device = (part.to(device) for part in (row, number, new, last))
+    length = torch.diff(row * steps + t, append=torch.tensor([n * steps]))
+    ends = cut.sum(1).cumsum(0)
+    on_device = (part.to(device) for part in (row, cut.cumsum(1)[row, t] - 1, ends - 1))
     return Pieces(t * n + row, length, *on_device)
 
 

@@ -49,7 +49,7 @@ class Transformer(Backbone):
         width: Annotated[int, Knob("width of the memory", low=1)] = 128,
         layers: Annotated[int, Knob("layers of memory", low=1)] = 2,
         heads: Annotated[int, Knob("attention heads of a layer", low=1)] = 4,
-        context: Annotated[int, Knob("steps that are attended to, this one among them", low=1)] = 64,
+        context: Annotated[int, Knob("steps that are attended to, this one among them", low=2)] = 64,
         positions: Annotated[str, Knob("how steps are told apart", choices=POSITIONS)] = "relative",
         gate: Annotated[bool, Knob("gates on the residuals, as in GTrXL")] = False,
         **knobs: Any,
@@ -89,12 +89,13 @@ class Transformer(Backbone):
         Shapes: (B, L, H, K) or (T, B, L, H, K), index i in [0, K) on the last axis.
         """
         run, k = self._run(obs, state, first), self.context
-        layers = zip(self.layers, run.inputs, run.past.unbind(1), strict=False)
-        weights = torch.stack([layer.weights(x, past, run.bias) for layer, x, past in layers], 1)
-        steps = weights.shape[3]  # weights (B, L, H, T, K - 1 + T)
-        back = torch.arange(steps)[:, None] + torch.arange(k - 1, -1, -1)  # (T, K): where that step's weight lies
-        weights = weights.gather(4, back.to(weights.device).expand(*weights.shape[:3], steps, k))
-        weights = weights.permute(3, 0, 1, 2, 4)
+        found = zip(self.layers, run.inputs, run.past.unbind(1), strict=False)
+        with full_precision(run.bias):
+            weights = [layer.weights(x, past, run.bias) for layer, x, past in found]  # type: ignore[operator]  # _Layer
+        weights = torch.stack(weights, 1)  # (B, L, H, T, K - 1 + T)
+        shape, device = weights.shape, weights.device
+        place = torch.arange(shape[3], device=device)[:, None] + torch.arange(k - 1, -1, -1, device=device)
+        weights = weights.gather(4, place.expand(*shape[:4], k)).permute(3, 0, 1, 2, 4)
         return weights[0] if run.single else weights
 
     def maps(self, obs: Tensor, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -122,9 +123,9 @@ class Transformer(Backbone):
 
     def _placed(self, x: Tensor, age: Tensor) -> Tensor:
         """x (T, B, D) and where each step stands in its episode."""
-        if self.positions == "relative":
-            return x
-        return x + (self.table[age % self.context] if self.positions == "learned" else sinusoids(age, x.shape[2]))
+        if self.positions == "learned":
+            return x + self.table[age % self.context]
+        return x + sinusoids(age, x.shape[2]) if self.positions == "sinusoidal" else x
 
     def _bias(self, age: Tensor) -> Tensor:
         """What is added to the scores: age (B, T) -> (B, 1 or H, T, K - 1 + T), -inf where no look may go."""

@@ -24,7 +24,7 @@ IMAGE = spaces.Box(0, 255, (4, 20, 16), np.uint8)
 MIXED = spaces.Dict({"image": IMAGE, "vector": spaces.Box(-1, 1, (3,)), "gear": spaces.Discrete(4)})
 VECTOR = spaces.Box(-10, 10, (5,))
 
-# what is built, on which space; every name of BACKBONES must be there
+# what is built, on which space; every name of BACKBONES must be there. More of those that remember: test_memory_nets.py
 CASES: dict[str, tuple[str, spaces.Space[Any], dict[str, Any]]] = {
     "mlp": ("mlp", VECTOR, {}),
     "mlp-norm": ("mlp", VECTOR, {"hidden": (7, 9), "norm": True, "activation": "tanh"}),
@@ -35,6 +35,21 @@ CASES: dict[str, tuple[str, spaces.Space[Any], dict[str, Any]]] = {
         for net in WIDTH
         for norm in (False, True)
         for suffix, space in (("", IMAGE), ("-dict", MIXED))
+    },
+    **{
+        f"{name}{suffix}": (name, space, {**knobs, **below})
+        for name, knobs in (
+            ("window", {"window": 3}),
+            ("rnn", {"width": 16}),
+            ("gru", {"width": 16, "layers": 2}),
+            ("lstm", {"width": 16, "start": "learned"}),
+            ("transformer", {"width": 16, "context": 3, "gate": True}),
+        )
+        for suffix, space, below in (
+            ("", VECTOR, {"hidden": (32,)}),
+            ("-image", IMAGE, {"net": "light", "features": 16}),
+            ("-dict", MIXED, {"encoder": "mlp", "hidden": (16,)}),
+        )
     },
 }
 
@@ -96,12 +111,12 @@ def test_shapes(case: tuple[Backbone, spaces.Space[Any]]) -> None:
         y, state = net(observe(space, *lead), net.initial(lead[-1]))
         assert y.shape == (*lead, net.features)
         assert y.dtype == torch.float32 and y.isfinite().all()
-        assert state == ()
+        assert (state != ()) == net.memory
 
 
 def test_every_parameter_gets_a_gradient(case: tuple[Backbone, spaces.Space[Any]]) -> None:
     net, space = case
-    y = features(net, observe(space, 16))
+    y = features(net, observe(space, 4, 4))
     (y * torch.randn_like(y)).sum().backward()
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None, name
@@ -436,8 +451,10 @@ def complaint(call: Any, *arguments: Any, **keywords: Any) -> str:
 
 
 def test_mistakes_are_named() -> None:
-    assert complaint(build, "cmn", IMAGE) == "unknown backbone 'cmn'. Did you mean 'cnn'? Allowed: cnn, mlp."
-    assert complaint(build, "transformer", IMAGE).startswith("unknown backbone 'transformer'. Allowed: ")
+    assert complaint(build, "cmn", IMAGE) == (
+        "unknown backbone 'cmn'. Did you mean 'cnn'? Allowed: cnn, gru, lstm, mlp, rnn, transformer, window."
+    )
+    assert complaint(build, "unheard", IMAGE).startswith("unknown backbone 'unheard'. ")
     assert complaint(CNN, VECTOR).endswith("use mlp") and "(5,)" in complaint(CNN, VECTOR)
     assert "Did you mean 'nature'?" in complaint(CNN, IMAGE, net="naturr")
     assert complaint(CNN, IMAGE, features=0) == "--features must be a whole number >= 1, got 0"

@@ -33,7 +33,7 @@ every_net = pytest.mark.parametrize("net", NETS)
 
 
 def made(name: str, net: str, seed: int = 0, **knobs: Any) -> PolicyAgent:
-    inner = {**SMALL[net], **knobs.pop("net", {})}
+    inner = {**SMALL[net], **knobs.pop("inner", {})}
     agent = load(name)(backbone=net, net=inner, orthogonal=False, **knobs)
     agent.build(VECTOR, spaces.Discrete(3), CPU, np.random.SeedSequence(seed), print)
     return agent
@@ -165,6 +165,23 @@ def test_sequences_have_to_fit() -> None:
     with pytest.raises(UserError, match="--sequence has no effect without memory"):
         agent = load("ppo")(backbone="mlp", sequence=4, rollout=12, batch=12)
         agent.build(VECTOR, spaces.Discrete(3), CPU, np.random.SeedSequence(0), print)
+
+
+@every_agent
+@pytest.mark.parametrize("start", ["zero", "normal", "learned"])
+@pytest.mark.parametrize("rollout", [T, 1])  # of one step: mostly without an episode that begins
+def test_every_start_learns(name: str, start: str, rollout: int) -> None:
+    knobs = {} if name == "reinforce" else {"rollout": rollout}
+    batch = {"batch": N * rollout} if name in ("ppo", "trpo") else {}
+    agent = made(name, "lstm", inner={"start": start}, **knobs, **batch)
+    before = digest(agent)
+    for seed in range(3):
+        agent.update(lived(agent, seed, rollout if knobs else T)[0])
+    assert digest(agent) != before and not agent.skipped_in_row
+    if start == "learned":
+        assert any(
+            name.endswith("learned") and p.abs().max() > 0 for name, p in agent.model.named_parameters()
+        )
 
 
 @every_agent
