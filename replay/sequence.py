@@ -199,12 +199,10 @@ class SequenceRing:
 
     def _draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Lanes and numbers of starts (B,)."""
-        low, high = self._window(self.ring.written)
         if self.preferred is not None:
             place = self.preferred.draw(self.ring.rng, count)
-            lane, number = place // self._starts, place % self._starts
-            newest = high[lane] - 1
-            return lane, newest - (newest - number) % self._starts
+            return place // self._starts, place % self._starts  # of the first round: the slots are the same
+        low, high = self._window(self.ring.written)
         ends = np.cumsum(high - low)
         if ends[-1] == 0:
             raise ValueError("the replay has nothing to sample yet")
