@@ -62,11 +62,14 @@ class Agent(Protocol):
         """Do not explore."""
         ...
 
-    def values(self, obs: Any) -> np.ndarray:
-        """What the agent expects: action values (N, A) or state values (N, 1), of obs (N, *S)."""
+    def values(self, obs: Any, first: np.ndarray | None = None, state: State = ()) -> np.ndarray:
+        """What the agent expects: action values (N, A) or state values (N, 1), of obs (N, *S).
+
+        `state` is what it remembers from before, () nothing; where `first` (N,) is true an episode begins.
+        """
         ...
 
-    def probabilities(self, obs: Any) -> np.ndarray:
+    def probabilities(self, obs: Any, first: np.ndarray | None = None, state: State = ()) -> np.ndarray:
         """The probability of each action (N, A) when it does not explore."""
         ...
 

@@ -20,17 +20,25 @@ by a*, and the reward grows by how sure pi was of the action taken, which widens
 With `acting=target` the policy is that of Q': with a small `tau` an average of Q over its last updates, whose noise is
 as large as the differences between good actions.
 
+On a backbone with memory the replay gives sequences (replay/sequence.py) with what was remembered where they begin.
+Both nets go through the same steps from there; the first `burn_in` of them only bring the memory up to date, and L is
+the mean over those of the next `sequence` at which something was done. The priority of a sequence follows
+
+    eta max_t |error_t| + (1 - eta) mean_t |error_t|        eta = 0.9
+
 Source: Mnih et al. 2015, Nature 518, algorithm 1; double: van Hasselt et al. 2016, arXiv 1509.06461, eq. 4; twin: van
 Hasselt 2010, algorithm 1, and course notes 6.2.1; n-step: Sutton and Barto 2018, eq. 7.1; munchausen: Vieillard et al.
 2020, arXiv 2007.14430, eq. 2; acting=target: Schwarzer et al. 2023, arXiv 2305.19452; all together: Hessel et al.
-2018, arXiv 1710.02298.
+2018, arXiv 1710.02298; memory: Hausknecht and Stone 2015, arXiv 1507.06527 (DRQN), and Kapturowski et al. 2019 (R2D2),
+section 2.3 and 3.
 
 Deviations: (1) Adam instead of RMSProp; (2) double by default; (3) the gradient's norm is clipped, and with
 `loss=huber` the error as well; (4) `train_every` and `updates` count agent steps over all environments, so the
 number of samples learned per step does not depend on the number of environments; (5) noise is drawn once for each
 update, for Q(s, a) and the choice of a* alike, and once for all updates that share a pass of the target net; (6) value
 and advantage share the backbone's dense layer, and only the layers of the head are noisy;
-(7) of twins, Q alone acts; (8) with n steps munchausen adds the term of the first action only.
+(7) of twins, Q alone acts; (8) with n steps munchausen adds the term of the first action only; (9) R2D2's rescaling of
+values is left out, and its sequences end with their episode, where these go on with the next one.
 """
 
 from __future__ import annotations
@@ -38,7 +46,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,12 +63,14 @@ from backbones.base import Backbone
 from backbones.compute import Compute, copy_weights, guarded_compile, to_device
 from backbones.dense import Quick
 from envs.mask import MASK, is_masked
-from replay import Batch, Decision, Update
+from replay import Batch, Decision, Sequences, Update
 from replay.priority import Priority
+from replay.tree import leaves, mapped
 from runs.config import Knob, UserError, check
 
 KINDS = ("off", "c51", "quantile")
 DOUBLE = ("off", "online", "twin")
+ETA = 0.9  # part of the largest error in the priority of a sequence
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,8 @@ class Config:
     beta_start: Annotated[float, Knob("importance exponent at first", low=0, high=1)] = 0.4
     beta_end: Annotated[float, Knob("importance exponent in the end", low=0, high=1)] = 1.0
     beta_steps: Annotated[int, Knob("steps from the first to the last beta", low=1)] = 10_000_000
+    sequence: Annotated[int, Knob("steps learned in a row, on a net with memory", low=2)] = 32
+    burn_in: Annotated[int, Knob("steps before, which only refresh the memory", low=0)] = 8
 
     def __post_init__(self) -> None:
         """Raises: UserError for a value out of range, or a knob whose part is off."""
@@ -109,6 +121,8 @@ class Config:
             raise UserError("--acting target needs a target net, and with --double twin there is none")
         if self.v_min >= self.v_max:
             raise UserError(f"--v-min {self.v_min:g} must be less than --v-max {self.v_max:g}")
+        if self.burn_in >= self.sequence:
+            raise UserError(f"--burn-in {self.burn_in} must be less than --sequence {self.sequence}")
         parts = {
             "--distributional": (self.distributional != "off", ("atoms",)),
             "--distributional c51": (self.distributional == "c51", ("v_min", "v_max")),
@@ -128,6 +142,11 @@ class Config:
         """What the replay is asked for, besides its capacity."""
         chosen = {"n_step": self.n_step, "gamma": self.gamma, "clip_reward": self.clip_reward}
         return {**chosen, "priority": self.priority}
+
+    @property
+    def sequences(self) -> dict[str, Any]:
+        """What a replay of sequences is asked for besides."""
+        return {"length": self.sequence, "burn_in": self.burn_in}
 
     def rounds(self, steps: int, num_envs: int) -> int:
         """Updates in so many steps over all environments."""
@@ -222,6 +241,27 @@ def pick(out: Tensor, action: Tensor) -> Tensor:
     return out[torch.arange(len(out), device=out.device), action]
 
 
+def sequence_error(error: Tensor) -> Tensor:
+    """The error of each sequence (B,), of |errors| (L, B) of its steps; NaN where nothing was done.
+
+    Source: Kapturowski et al. 2019, section 2.3.
+    """
+    return ETA * error.nan_to_num(0.0).amax(0) + (1 - ETA) * error.nanmean(0)
+
+
+SEQUENCE_AXES = (1, 1, 0, 1, 1, 1, 1, 1, 0, 0)  # where B lies in each field of `Sequences`
+
+
+class Views(NamedTuple):
+    """What the nets say of B samples."""
+
+    out: Tensor  # (B, A) or (B, A, K) of the net that learns, in the state
+    later: Tensor  # of the net that evaluates, in the successor
+    next_q: Tensor  # (B, A) its values
+    select_q: Tensor  # (B, A) the values by which the next action is picked
+    now_q: Tensor | None  # (B, A) of the net that evaluates, in the state; for munchausen only
+
+
 class QNet(nn.Module):
     """A backbone with a Q head: obs (B, *S) -> (B, A), or (B, A, K) with K > 1 atoms."""
 
@@ -234,6 +274,11 @@ class QNet(nn.Module):
     def forward(self, obs: Any) -> Tensor:
         """Values of all actions."""
         return self.head(self.backbone(obs)[0])
+
+    def unroll(self, obs: Any, state: State = (), first: Tensor | None = None) -> tuple[Tensor, State]:
+        """Values of all actions (B, A, ...) or (T, B, A, ...) from what is remembered; and what is remembered then."""
+        features, state = self.backbone(obs, state, first)
+        return self.head(features.flatten(0, -2)).unflatten(0, features.shape[:-1]), state
 
     def quick(self) -> Quick | None:
         """`forward` in numpy for a handful of observations, where backbone and head have that form."""
@@ -291,6 +336,9 @@ class DQN:
             self.target = (
                 copy.deepcopy(self.online) if self._coin is None else self._net(twin, observation_space)
             )
+        self.memory = self.online.backbone.memory
+        if not self.memory:
+            self._refuse("sequence", "burn_in")
         if config.epsilon_start == config.epsilon_end == 0 and config.noisy == "off":
             say("after --learning-starts nothing explores: epsilon is 0 and there is no noise")
         self._support = torch.linspace(config.v_min, config.v_max, config.atoms, device=compute.device)
@@ -300,10 +348,11 @@ class DQN:
             self.target.requires_grad_(False)
 
         def graph(pupil: int) -> Callable[..., Any]:
-            def learn(batch: Batch, later: Tensor | None = None) -> Any:
+            def learn(batch: Any, later: Tensor | None = None) -> Any:
                 return self.learn(batch, later, pupil)
 
-            return guarded_compile(learn, say) if compute.compile else learn
+            # the segments of sequences change their shape with every batch
+            return guarded_compile(learn, say) if compute.compile and not self.memory else learn
 
         # one graph for each net that learns, and one that is given the target net's output
         self._learn, self._learn_given = [graph(pupil) for pupil in range(len(self._pupils))], graph(0)
@@ -312,7 +361,7 @@ class DQN:
         self._quick = self._acting.quick() if compute.device == "cpu" else None
         self._goal: QNet = self.target  # evaluates the next action
         acts_target = config.acting == "target"
-        if compute.precision == "bf16":
+        if compute.precision == "bf16" and not self.memory:  # what is remembered keeps its digits
             # a target that creeps needs the digits; one that acts in numpy, which has no bf16, keeps them too
             if config.tau == 1 and self._coin is None and not (acts_target and self._quick):
                 self.target.backbone.to(torch.bfloat16)
@@ -321,6 +370,13 @@ class DQN:
             if self._coin is None:
                 same = acts_target and self._quick is None
                 self._goal = self._actor if same else self._reader(self.target)
+
+    def _refuse(self, *names: str) -> None:
+        """Raises: UserError if one of these knobs, which have no effect here, was turned."""
+        for name in names:
+            if getattr(self.config, name) != getattr(Config, name):
+                flag, net = name.replace("_", "-"), type(self.online.backbone).__name__
+                raise UserError(f"--{flag} has no effect on {net.lower()}: it has no memory")
 
     def _net(self, backbone: str | Backbone, observation_space: spaces.Space[Any]) -> QNet:
         config = self.config
@@ -365,15 +421,21 @@ class DQN:
 
     def initial(self, n: int) -> State:
         """See `Agent.initial`."""
-        return self.online.backbone.initial(n)
+        return mapped(_numpy, self._actor.backbone.initial(n))
 
     def act(self, obs: Any, first: np.ndarray, state: State, step: int) -> Decision:
         """Epsilon-greedy; noisy layers draw new noise for each step."""
         if self._noise is not None:
             self._actor.head.draw(self._noise)
         chance = falling_epsilon(self.config, step)
-        mask = obs[MASK] if self._masked else None
-        action = epsilon_greedy(self._rng, chance, len(first), self.actions, lambda: self._values(obs), mask)
+        mask, q = obs[MASK] if self._masked else None, None
+        if self.memory:  # it takes in everything, also what is acted on at random
+            q, state = self._recall(obs, first, state)
+
+        def values() -> np.ndarray:
+            return self._values(obs) if q is None else q
+
+        action = epsilon_greedy(self._rng, chance, len(first), self.actions, values, mask)
         return Decision(action + self._start, state)
 
     def schedule(self, step: int) -> dict[str, float]:
@@ -382,12 +444,16 @@ class DQN:
 
     def greedy(self, obs: Any, first: np.ndarray, state: State) -> Decision:
         """The actions of highest value."""
-        return Decision(self.values(obs).argmax(axis=1) + self._start, state)
+        self._actor.head.draw(None)
+        values, state = self._recall(obs, first, state) if self.memory else (self._values(obs), state)
+        return Decision(self._allowed(values, obs).argmax(axis=1) + self._start, state)
 
-    def values(self, obs: Any) -> np.ndarray:
+    def values(self, obs: Any, first: np.ndarray | None = None, state: State = ()) -> np.ndarray:
         """Q(s, .) (N, A) of numpy observations (N, *S), without noise; -inf for what is forbidden."""
         self._actor.head.draw(None)
-        values = self._values(obs)
+        return self._allowed(self._recall(obs, first, state)[0] if self.memory else self._values(obs), obs)
+
+    def _allowed(self, values: np.ndarray, obs: Any) -> np.ndarray:
         return np.where(obs[MASK], values, -np.inf) if self._masked else values
 
     def _values(self, obs: Any) -> np.ndarray:
@@ -397,14 +463,22 @@ class DQN:
             seen = to_device(obs, self.compute.device)
             return self._q(self._actor(seen), seen).cpu().numpy()
 
+    def _recall(self, obs: Any, first: np.ndarray | None, state: State) -> tuple[np.ndarray, State]:
+        """Q(s, .) (N, A) of observations (N, *S) after what is remembered; and what is remembered then."""
+        device = self.compute.device
+        with self.compute.acting():
+            seen, begins = to_device(obs, device), None if first is None else to_device(first, device)
+            out, state = self._actor.unroll(seen, to_device(state, device), begins)
+            return self._q(out, seen).cpu().numpy(), mapped(_numpy, state)
+
     def _q(self, out: Tensor, obs: Any) -> Tensor:
         """Q(s, .) (B, A) of the head's output for obs, with forbidden actions out of reach."""
         q = expectation(out, self.config.distributional, self._support)
         return masked(q, obs[MASK]) if self._masked else q
 
-    def probabilities(self, obs: Any) -> np.ndarray:
+    def probabilities(self, obs: Any, first: np.ndarray | None = None, state: State = ()) -> np.ndarray:
         """See `Agent.probabilities`: 1 for the greedy action."""
-        return np.eye(self.actions, dtype=np.float32)[self.values(obs).argmax(axis=1)]
+        return np.eye(self.actions, dtype=np.float32)[self.values(obs, first, state).argmax(axis=1)]
 
     def loss(
         self, batch: Batch, later: Tensor | None = None, pupil: int = 0
@@ -413,71 +487,126 @@ class DQN:
 
         `later` is the other net's output for the successors, where it is known; `pupil` 1 is the twin.
         """
-        config, action = self.config, batch.action - self._start
-        kind, support = config.distributional, self._support
-        net, other = (self.online, self._goal) if pupil == 0 else (self.target, self.online)
+        config = self.config
+        net, other = self._nets(pupil)
         with self.compute.autocast():
             with torch.no_grad():
                 if later is None:
                     later = other(batch.next_obs)
                 assert later is not None
                 next_q = self._q(later, batch.next_obs)  # (B, A)
-                reward, policy, select_q = batch.reward, None, next_q
+                select_q, now_q = next_q, None
                 if config.munchausen:
                     now_q = self._q(other(batch.obs), batch.obs)
-                    terms = (action, config.munchausen, config.temperature)
-                    policy, reward = munchausen(reward, batch.discount, next_q, now_q, *terms)
-                    target = reward + batch.discount * (policy * next_q).sum(1)
-                else:
-                    if config.double != "off":
-                        select_q = self._q(net(batch.next_obs), batch.next_obs)
-                    target = q_target(reward, batch.discount, next_q, select_q)  # (B,)
+                elif config.double != "off":
+                    select_q = self._q(net(batch.next_obs), batch.next_obs)
             out = net(batch.obs)
+        views = Views(out, later, next_q, select_q, now_q)
+        return self._judge(views, batch.action, batch.reward, batch.discount, batch.weight)
+
+    def sequence_loss(
+        self, batch: Sequences, later: Tensor | None = None, pupil: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The loss () over the steps at which something was done, metrics, and each sequence's error (B,)."""
+        begin, count = self.config.burn_in, len(batch.weight)
+        net, other = self._nets(pupil)
+        obs, first = (mapped(lambda leaf: leaf[begin:], part) for part in (batch.obs, batch.first))
+        with self.compute.autocast():
+            with torch.no_grad():
+                theirs = other.unroll(batch.obs, batch.state, batch.first)[0][begin:].flatten(0, 1)
+                state = batch.state
+                if begin:
+                    before = mapped(lambda leaf: leaf[:begin], batch.obs)
+                    state = net.backbone(before, state, batch.first[:begin])[1]
+            own = net.unroll(obs, state, first)[0].flatten(0, 1)  # ((L + n) B, A, ...)
+        seen = mapped(lambda leaf: leaf.flatten(0, 1), obs)
+        values, selected = self._q(theirs, seen), self._q(own.detach(), seen)
+        now = batch.acted.flatten().nonzero().squeeze(1)  # (M,) where something was done
+        then = (batch.successor.flatten()[now] - begin) * count + now % count  # (M,) its successors
+        views = Views(
+            own[now],
+            theirs[then],
+            values[then],
+            values[then] if self.config.double == "off" else selected[then],
+            values[now] if self.config.munchausen else None,
+        )
+        action, reward, discount = (
+            x.flatten(0, 1)[now] for x in (batch.action, batch.reward, batch.discount)
+        )
+        loss, metrics, error = self._judge(views, action, reward, discount, batch.weight[now % count])
+        errors = torch.full_like(batch.reward, torch.nan).flatten()
+        errors[now] = error.abs()
+        return loss, metrics, sequence_error(errors.view_as(batch.reward))
+
+    def _nets(self, pupil: int) -> tuple[QNet, QNet]:
+        """The net that learns, and the one that evaluates."""
+        return (self.online, self._goal) if pupil == 0 else (self.target, self.online)
+
+    def _judge(
+        self, views: Views, action: Tensor, reward: Tensor, discount: Tensor, weight: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Loss, metrics and each sample's error (B,), of what the nets say about it."""
+        config, action = self.config, action - self._start
+        kind, support, policy = config.distributional, self._support, None
+        with torch.no_grad():
+            if views.now_q is None:
+                target = q_target(reward, discount, views.next_q, views.select_q)  # (B,)
+            else:
+                terms = (action, config.munchausen, config.temperature)
+                policy, reward = munchausen(reward, discount, views.next_q, views.now_q, *terms)
+                target = reward + discount * (policy * views.next_q).sum(1)
         if kind == "off":
-            loss, error = td_loss(out, action, target, batch.weight, config.loss == "huber")
+            loss, error = td_loss(views.out, action, target, weight, config.loss == "huber")
         else:
-            spread = later.softmax(2) if kind == "c51" else later  # (B, A, K)
+            spread = views.later.softmax(2) if kind == "c51" else views.later  # (B, A, K)
             after = (
-                pick(spread, select_q.argmax(1)) if policy is None else (policy[:, :, None] * spread).sum(1)
+                pick(spread, views.select_q.argmax(1))
+                if policy is None
+                else (policy[:, :, None] * spread).sum(1)
             )
-            now = pick(out, action)  # (B, K)
+            now = pick(views.out, action)  # (B, K)
             if kind == "c51":
-                goal = c51_target(reward, batch.discount, after, support)
+                goal = c51_target(reward, discount, after, support)
                 each = -(goal * now.log_softmax(1)).sum(1)
             else:
-                goal = reward[:, None] + batch.discount[:, None] * after
+                goal = reward[:, None] + discount[:, None] * after
                 each = quantile_loss(now, midpoints(config.atoms, now), goal)
-            loss, error = (batch.weight * each).mean(), each.detach()
-        q = expectation(out.detach(), kind, support)
+            loss, error = (weight * each).mean(), each.detach()
+        q = expectation(views.out.detach(), kind, support)
         return loss, {"loss/td": loss.detach(), "q/mean": q.mean(), "q/target": target.mean()}, error
 
     def learn(
-        self, batch: Batch, later: Tensor | None = None, pupil: int = 0
+        self, batch: Any, later: Tensor | None = None, pupil: int = 0
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Loss, gradient and one step of Adam, in one graph where it is compiled: metrics, and |error| (B,)."""
         optimizer = self._optimizers[pupil]
-        loss, metrics, error = self.loss(batch, later, pupil)
-        norm = optimizer.step(torch.autograd.grad(loss, optimizer.parameters), loss.detach())
+        judged = self.sequence_loss if self.memory else self.loss
+        loss, metrics, error = judged(batch, later, pupil)
+        # what memory begins with has no part in sequences in which no episode begins
+        gradients = torch.autograd.grad(loss, optimizer.parameters, materialize_grads=self.memory)
+        norm = optimizer.step(gradients, loss.detach())
         if pupil == 0 and self._acting is self.online:
             copy_weights(self.online, self._actor)
         return metrics | {"train/grad_norm": norm}, error.abs()
 
-    def update(self, batch: Batch, steps: int = 1) -> Update:
+    def update(self, batch: Any, steps: int = 1) -> Update:
         """`learn` from each of `steps` equal parts of the batch in turn; the target net follows when it is due.
 
         Between two copies the target net stands still: its values for all parts until the next one take one pass.
         """
-        batch = Batch(*(to_device(leaf, self.compute.device) for leaf in batch))
-        size, done = len(batch.reward) // steps, 0
+        batch = batch._make(to_device(leaf, self.compute.device) for leaf in batch)
+        size, done = len(batch.index) // steps, 0
         self.compute.learning()
         parts = [batch]
         if steps > 1:
-            parts = [Batch(*part) for part in zip(*(_split(leaf, size) for leaf in batch), strict=True)]
+            axes = SEQUENCE_AXES if self.memory else (0,) * len(batch)
+            split = (_split(leaf, size, axis) for leaf, axis in zip(batch, axes, strict=True))
+            parts = [batch._make(part) for part in zip(*split, strict=True)]
         metrics: dict[str, Tensor] = {}
         errors: list[Tensor] = []
         while done < steps:
             now = self._still(steps - done)
-            known = self._frozen(batch.next_obs, size, slice(done * size, (done + now) * size))
+            known = self._frozen(batch, size, slice(done * size, (done + now) * size))
             for part, later in zip(parts[done : done + now], known, strict=True):
                 pupil = 0 if self._coin is None else int(self._coin.integers(2))
                 self._optimizers[pupil].begin()
@@ -499,14 +628,14 @@ class DQN:
             return 1
         return min(most, self.config.target_every - self.updates % self.config.target_every)
 
-    def _frozen(self, next_obs: Any, size: int, rows: slice) -> Sequence[Tensor | None]:
+    def _frozen(self, batch: Any, size: int, rows: slice) -> Sequence[Tensor | None]:
         """The target net's output for each part in `rows`; that for a single part belongs in its graph."""
         if self._noise is not None and self._coin is None:
             self._goal.head.draw(self._noise)
         parts = (rows.stop - rows.start) // size
-        if parts == 1 or self.config.munchausen:
+        if parts == 1 or self.config.munchausen or self.memory:
             return [None] * parts
-        chosen = {k: v[rows] for k, v in next_obs.items()} if isinstance(next_obs, dict) else next_obs[rows]
+        chosen = mapped(lambda leaf: leaf[rows], batch.next_obs)
         with torch.no_grad(), self.compute.autocast():
             return self._goal(chosen).split(size)
 
@@ -548,11 +677,11 @@ class DQN:
         return {name: stream for name, stream in streams.items() if stream is not None}
 
 
-def _split(leaf: Any, size: int) -> Sequence[Any]:
-    """Parts of `size` rows, in order, without a copy."""
-    if isinstance(leaf, dict):
-        return [
-            dict(zip(leaf, part, strict=True))
-            for part in zip(*(v.split(size) for v in leaf.values()), strict=True)
-        ]
-    return leaf.split(size)
+def _numpy(leaf: Tensor) -> np.ndarray:
+    return leaf.detach().cpu().numpy()
+
+
+def _split(tree: Any, size: int, axis: int) -> Sequence[Any]:
+    """Parts of `size` on an axis of every leaf, in order, without a copy."""
+    count = next(leaves(tree))[1].shape[axis] // size
+    return [mapped(lambda leaf, k=k: leaf.narrow(axis, k * size, size), tree) for k in range(count)]

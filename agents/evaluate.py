@@ -54,9 +54,9 @@ class Evaluator:
             if stop is not None and stop():
                 return []
             decision = agent.greedy(collector.obs, collector.first, state)
-            state = decision.state
             if collector.steps % 16 == 0:
-                seen.append(agent.values(collector.obs))
+                seen.append(agent.values(collector.obs, collector.first, state))
+            state = decision.state
             collector.send(decision.action)
             collector.recv()
             # what a cut episode did after the cut is not counted: its env waits for the next one to start
@@ -105,8 +105,8 @@ def shots(
         for _ in range(most):
             if stop is not None and stop():
                 return
-            frame, values = view.frame(), agent.values(view.obs)[0]
-            probabilities = agent.probabilities(view.obs)[0]
+            frame, values = view.frame(), agent.values(view.obs, view.first, state)[0]
+            probabilities = agent.probabilities(view.obs, view.first, state)[0]
             decision = agent.greedy(view.obs, view.first, state)
             state = decision.state
             reward, ended = view.step(decision.action)

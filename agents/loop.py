@@ -18,13 +18,13 @@ from typing import Any
 from agents.base import Agent, due
 from agents.watch import Watch
 from envs import Collector
-from replay import Ring, Rollouts, Update
+from replay import Ring, Rollouts, SequenceRing, Update
 
 PORTION = 16 << 20  # bytes of samples drawn at a time
 
 
 def off_policy(
-    agent: Agent, collector: Collector, replay: Ring, watch: Watch, steps: int, start: int = 0
+    agent: Agent, collector: Collector, replay: Ring | SequenceRing, watch: Watch, steps: int, start: int = 0
 ) -> int:
     """Act, remember and learn from agent step `start` to `steps`, over all environments; return the step reached.
 
@@ -32,12 +32,13 @@ def off_policy(
     therefore in the replay one step later, with or without overlap: results do not depend on it.
     """
     config, num_envs = agent.config, collector.env.num_envs
-    state, step = agent.initial(num_envs), start
+    step, decision = start, watch.decision
+    # a resumed run remembers what it did
+    state = agent.initial(num_envs) if decision is None else decision.state
     # who comes back without a replay fills it first
     learning_starts = config.learning_starts + (0 if replay.added else start)
     while step < steps and not watch.stopping:
         decision = agent.act(collector.obs, collector.first, state, step)
-        state = decision.state
         collector.send(decision.action)
         before, step = step, step + num_envs
         update: Update | None = None
@@ -47,7 +48,10 @@ def off_policy(
                 batch = replay.sample(config.batch, count)
                 update = agent.update(batch, count)
                 replay.update_priority(batch.index, update.priority)
-        replay.add(collector.recv())
+        replay.add(collector.recv(), state)
+        state = decision.state
+        if state:
+            watch.decision = decision
         watch.after(before, step, collector.episodes, update)
     return step
 
@@ -81,7 +85,7 @@ def on_policy(
     return step
 
 
-def portions(updates: int, batch: int, replay: Ring) -> Iterator[int]:
+def portions(updates: int, batch: int, replay: Ring | SequenceRing) -> Iterator[int]:
     """How many updates to draw samples for at a time: many, as long as their samples fit into a cache."""
     most = max(PORTION // (batch * replay.sample_nbytes), 1)
     while updates > 0:

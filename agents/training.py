@@ -30,7 +30,7 @@ from agents.watch import Stop, Watch
 from backbones.compute import ComputeConfig, choose
 from envs import Collector, EnvConfig
 from envs.atari import is_atari, protocol
-from replay import Ring
+from replay import Ring, SequenceRing
 from runs import Run
 from runs.config import Knob, UserError, check, fields, nearest
 from runs.panel import Panel
@@ -317,8 +317,8 @@ def _train(
     overlap = config.num_envs > 1 or compute.device != "cpu"
     collector = Collector(env, _number(of_envs), overlap=overlap, resumable=True)
     off = agent.loop == "off_policy"
-    ring = partial(_ring, chosen.agent, config, env)
-    memory: Any = ring(np.random.default_rng(of_replay)) if off else agent.memory(collector.obs)  # type: ignore[attr-defined]  # on-policy agents have one
+    drawing = np.random.default_rng(of_replay)
+    memory: Any = replay_of(agent, env, drawing) if off else agent.memory(collector.obs)  # type: ignore[attr-defined]  # on-policy agents have one
     if not collector.exact:
         say(f"{config.env} can neither be saved nor rebuilt: its episodes restart when the run is resumed")
     decided = {field.name: getattr(compute, field.name) for field in fields(ComputeConfig)}
@@ -441,25 +441,24 @@ def _sees_image(env: Any) -> bool:
     return backbones.default(env.single_observation_space) == "cnn"
 
 
-def _ring(agent: Any, config: RunConfig, env: Any, rng: np.random.Generator) -> Ring:
-    """The replay; UserError if it cannot hold one sample, or what this environment shows, or exceeds free memory."""
-    space, free = env.single_observation_space, _free_memory()
+def replay_of(agent: Any, env: Any, rng: np.random.Generator) -> Ring | SequenceRing:
+    """The replay of an agent that was built: of sequences where it has memory.
+
+    Raises: UserError if it cannot hold one sample, or what this environment shows, or exceeds free memory.
+    """
+    space, free, config = env.single_observation_space, _free_memory(), agent.config
     frame = math.prod(space.shape or ()) * getattr(space.dtype, "itemsize", 8) // envs.frame_stack(env)
-    needed = agent.capacity * (frame + 16)
+    state = agent.initial(1)
+    kept = sum(leaf.nbytes for leaf in state) // SequenceRing.apart(config.sequence) if state else 0
+    needed = config.capacity * (frame + 16 + kept)
     if free is not None and needed > free:
         raise UserError(
-            f"--capacity {agent.capacity}: the replay would need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            f"--capacity {config.capacity}: the replay would need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         )
+    holds = (config.capacity, env.num_envs, space, env.single_action_space)
+    how: Any = dict(stack=envs.frame_stack(env), rng=rng, **config.replay)
     try:
-        return Ring(
-            agent.capacity,
-            config.num_envs,
-            space,
-            env.single_action_space,
-            stack=envs.frame_stack(env),
-            rng=rng,
-            **agent.replay,
-        )
+        return SequenceRing(*holds, state=state, **config.sequences, **how) if state else Ring(*holds, **how)
     except ValueError as error:
         raise UserError(str(error)) from None
 

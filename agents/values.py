@@ -127,26 +127,38 @@ class EpsilonGreedy(ABC):
         """No memory."""
         return ()
 
+    def recall(self, obs: Any, first: np.ndarray | None, state: State) -> tuple[np.ndarray, State]:
+        """Q(s, .) (N, A) of observations (N, *S) after what is remembered; and what is remembered then."""
+        return self.q.values(obs), state
+
     def act(self, obs: Any, first: np.ndarray, state: State, step: int) -> Decision:
         """Epsilon-greedy."""
-        self._at = step
-        chance = self.exploration(step)
+        self._at, q = step, None
+        if state:  # memory takes in everything, also what is acted on at random
+            q, state = self.recall(obs, first, state)
+
+        def values() -> np.ndarray:
+            return self.values(obs) if q is None else self._allowed(q, obs)
+
         mask = obs[MASK] if self._masked else None
-        action = epsilon_greedy(self._rng, chance, len(first), self.actions, lambda: self.values(obs), mask)
+        action = epsilon_greedy(self._rng, self.exploration(step), len(first), self.actions, values, mask)
         return Decision(action + self._start, state)
 
     def greedy(self, obs: Any, first: np.ndarray, state: State) -> Decision:
         """The actions of highest value."""
-        return Decision(self.values(obs).argmax(axis=1) + self._start, state)
+        values, state = self.recall(obs, first, state)
+        return Decision(self._allowed(values, obs).argmax(axis=1) + self._start, state)
 
-    def values(self, obs: Any) -> np.ndarray:
+    def values(self, obs: Any, first: np.ndarray | None = None, state: State = ()) -> np.ndarray:
         """Q(s, .) (N, A) of numpy observations (N, *S)."""
-        values = self.q.values(obs)
+        return self._allowed(self.recall(obs, first, state)[0], obs)
+
+    def _allowed(self, values: np.ndarray, obs: Any) -> np.ndarray:
         return np.where(obs[MASK], values, -np.inf) if self._masked else values
 
-    def probabilities(self, obs: Any) -> np.ndarray:
+    def probabilities(self, obs: Any, first: np.ndarray | None = None, state: State = ()) -> np.ndarray:
         """See `Agent.probabilities`: 1 for the greedy action."""
-        return np.eye(self.actions, dtype=np.float32)[self.values(obs).argmax(axis=1)]
+        return np.eye(self.actions, dtype=np.float32)[self.values(obs, first, state).argmax(axis=1)]
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """See `Agent.state_dict`."""

@@ -20,7 +20,7 @@ from agents.base import Agent, due
 from agents.evaluate import Evaluator, film
 from backbones.compute import ComputeConfig
 from envs import Collector, Episode
-from replay import Decision, Ring, Rollouts, Update
+from replay import Decision, Ring, Rollouts, SequenceRing, Update
 from replay.rollout import pack, unpack
 from runs import Run, UserError
 from runs.config import RunFailed
@@ -62,7 +62,7 @@ class Watch:
 
     agent: Agent
     collector: Collector
-    replay: Ring | Rollouts
+    replay: Ring | SequenceRing | Rollouts
     run: Run
     panel: Panel
     stop: Stop
@@ -79,7 +79,9 @@ class Watch:
     _logged: tuple[int, float] = (0, 0.0)
     _faults: int = 0  # of environments, before the run was resumed
     _told: int = 0  # faults of environments that were reported
-    decision: Decision | None = None  # what the loop has chosen for the next step
+    decision: Decision | None = (
+        None  # the newest one: for the next step (on_policy), and what is remembered since
+    )
     saving: float = 0.0  # seconds spent on checkpoints
     saved: int | None = None  # step of the newest checkpoint
     _best: dict[str, Any] | None = None  # the best state, if the disk did not take it yet

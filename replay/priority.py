@@ -91,6 +91,45 @@ class Priority:
         return (error.astype(np.float64) + EPSILON) ** self.alpha
 
 
+class Preferred:
+    """Entries that are drawn by priority: their tree, and how priorities follow errors."""
+
+    def __init__(self, size: int, rule: Priority) -> None:
+        """None of `size` entries can be drawn yet."""
+        self.rule, self.tree = rule, SumTree(size)
+        self.highest = np.ones(1)  # priority of what was never drawn: the highest so far
+
+    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Entries (B,). Raises: ValueError if none can be drawn."""
+        total = self.tree.total
+        if total == 0:
+            raise ValueError("the replay has nothing to sample yet")
+        return self.tree.find(rng.random(count) * total)
+
+    def weights(self, index: np.ndarray, parts: int, step: int) -> np.ndarray:
+        """Importance weights (B,) of entries drawn for `parts` batches, after so many steps."""
+        drawn = self.tree.leaves[index].reshape(parts, -1)
+        return weights(drawn, self.rule.beta(step)).ravel()
+
+    def update(self, index: np.ndarray, error: np.ndarray) -> None:
+        """Set the priorities of entries (B,) by the |errors| (B,) that were found there."""
+        value = self.rule.of(error)
+        finite = np.isfinite(value)
+        if not finite.all():  # of an update that was skipped: these keep what they had
+            value, index = value[finite], index[finite]
+        self.highest[0] = max(self.highest[0], value.max(initial=0.0))
+        self.tree.set(index, value)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """What is saved; the arrays themselves."""
+        return {"priority": self.tree.leaves, "highest": self.highest}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Take back what `state_dict` gave."""
+        self.tree.refill(state["priority"])
+        self.highest[...] = state["highest"]
+
+
 def weights(priority: np.ndarray, beta: float) -> np.ndarray:
     """w = (N P)^-beta / max w over each batch (..., B), where N and the sum in P cancel.
 

@@ -11,19 +11,29 @@ The successor of s_t lies k slots on, where k <= n is the number of rewards that
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from replay.priority import Priority, SumTree, weights
+from replay.priority import Preferred, Priority
 from replay.types import Batch, Transition
 from runs.streams import pack, unpack
 
 TERMINATED, TRUNCATED, FINAL = 1, 2, 4  # bits of a slot's flag
 BLOCK = 2_048  # slots whose frames are saved together
+
+
+class Outcomes(NamedTuple):
+    """What was done at B positions, and what came of it."""
+
+    action: np.ndarray  # (B, *A)
+    reward: np.ndarray  # (B,) n-step sum
+    discount: np.ndarray  # (B,)
+    taken: np.ndarray  # (B,) k, the steps really summed; the successor lies so many slots on
+    acted: np.ndarray  # (B,) bool, False where nothing was done: at the last observation of an episode
 
 
 class Ring:
@@ -74,11 +84,9 @@ class Ring:
         self._count = np.zeros(num_envs, np.int64)  # slots ever written, by lane
         self._last = {name: np.zeros_like(frames[:num_envs]) for name, frames in self._frames.items()}
         self._lane = np.arange(num_envs)
-        self.priority = priority
-        self._tree = SumTree(total) if priority else None
+        self.preferred = Preferred(total, priority) if priority else None
         self._steps = np.zeros(1, np.int64)  # ever added, over all environments
         self._saved: np.ndarray | None = None  # (N,) slots ever written at the last save
-        self._highest = np.ones(1)  # priority of what was never sampled: the highest so far
 
     @property
     def nbytes(self) -> int:
@@ -91,10 +99,8 @@ class Ring:
             self._flag,
             self._age,
         ]
-        tree = self._tree.nbytes if self._tree else 0
-        return tree + sum(
-            array.nbytes for array in [*arrays, self._count, self._lane, self._steps, self._highest]
-        )
+        tree = self.preferred.tree.nbytes if self.preferred else 0
+        return tree + sum(array.nbytes for array in [*arrays, self._count, self._lane, self._steps])
 
     @property
     def sample_nbytes(self) -> int:
@@ -118,8 +124,8 @@ class Ring:
         ]
         return size if (self._flag[np.concatenate(slots)] != FINAL).any() else 0
 
-    def add(self, step: Transition) -> None:
-        """Append one step of every environment."""
+    def add(self, step: Transition, state: tuple[Any, ...] = ()) -> None:
+        """Append one step of every environment; what an agent remembered before it is not kept here."""
         self._steps += self.num_envs
         obs, next_obs = self._newest(step.obs), self._newest(step.next_obs)
         fresh = step.first & (self._count > 0)
@@ -148,7 +154,7 @@ class Ring:
         Raises: ValueError if nothing can be sampled yet.
         """
         count = batch * parts
-        lane, position = self._draw(count) if self._tree is None else self._draw_preferred(self._tree, count)
+        lane, position = self._draw(count)
         base = lane * self.slots
         reward, discount, taken = self._returns(base, position)
         index = base + position % self.slots
@@ -165,14 +171,8 @@ class Ring:
 
     def update_priority(self, index: Tensor, error: Tensor | None) -> None:
         """Set the priorities of samples by their |errors| (B,) since they were drawn; nothing in a uniform replay."""
-        if self._tree is None or self.priority is None or error is None:
-            return
-        value, slot = self.priority.of(error.cpu().numpy()), index.numpy()
-        finite = np.isfinite(value)
-        if not finite.all():  # of an update that was skipped: these keep what they had
-            value, slot = value[finite], slot[finite]
-        self._highest[0] = max(self._highest[0], value.max(initial=0.0))
-        self._tree.set(slot, value)
+        if self.preferred is not None and error is not None:
+            self.preferred.update(index.numpy(), error.cpu().numpy())
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Every array that decides what will be sampled, the generator too; views, frames in blocks.
@@ -180,15 +180,19 @@ class Ring:
         Blocks that nothing was ever written to are left out.
         """
         arrays = self._small()
-        blocks = np.flatnonzero(self._touched(np.zeros_like(self._count)))
-        return arrays | {name: array for block in blocks for name, array in self._block(int(block)).items()}
+        return arrays | {name: array for block in self.used() for name, array in self._block(block).items()}
 
     def unchanged(self) -> set[str]:
         """The names in `state_dict` whose arrays are as they were at the last `saved` or `load_state_dict`."""
-        if self._saved is None:
-            return set()
-        still = np.flatnonzero(~self._touched(self._saved))
-        return {name for block in still for name in self._block(int(block))}
+        return {name for block in self.still() for name in self._block(block)}
+
+    def used(self) -> list[int]:
+        """The blocks of `BLOCK` slots that anything was ever written to."""
+        return np.flatnonzero(self._touched(np.zeros_like(self._count))).tolist()
+
+    def still(self) -> list[int]:
+        """The blocks that nothing was written to since the last `saved` or `load_state_dict`."""
+        return [] if self._saved is None else np.flatnonzero(~self._touched(self._saved)).tolist()
 
     def saved(self) -> None:
         """What `state_dict` gave has been stored."""
@@ -207,16 +211,16 @@ class Ring:
         for name, array in state.items():
             own[name][...] = array
         unpack(self.rng, state["rng"])
-        if self._tree is not None:
-            self._tree.refill(state["priority"])
+        if self.preferred is not None:
+            self.preferred.load_state_dict(state)
         self.saved()
 
     def _small(self) -> dict[str, np.ndarray]:
         """All that is saved whole."""
         arrays = {"action": self._action, "reward": self._reward, "flag": self._flag, "age": self._age}
         arrays |= {"count": self._count, "steps": self._steps, "rng": pack(self.rng)}
-        if self._tree is not None:
-            arrays |= {"priority": self._tree.leaves, "highest": self._highest}
+        if self.preferred is not None:
+            arrays |= self.preferred.state_dict()
         return arrays | {f"last.{k}": last for k, last in enumerate(self._last.values())}
 
     @property
@@ -262,20 +266,42 @@ class Ring:
             before = self._age[base + (count - 1) % self.slots]
             self._age[slot] = np.where(grown, np.minimum(before + 1, self.stack), 0)
         self._count[lane] += 1
-        if self._tree is not None:
-            self._prefer(self._tree, base, count + 1)
+        if self.preferred is not None:
+            self._prefer(self.preferred, base, count + 1)
         return slot
 
-    def _prefer(self, tree: SumTree, base: np.ndarray, count: np.ndarray) -> None:
+    def _prefer(self, preferred: Preferred, base: np.ndarray, count: np.ndarray) -> None:
         """Slots that leave the window of starts lose their priority; those that enter it get the highest."""
         leaving, entering = count - self.slots + self.stack - 2, count - self.n_step - 1
+        tree = preferred.tree
         turned = base[count == self.slots + 1]  # until its first turn a lane begins at its first slot
         tree.set((turned[:, None] + np.arange(self.stack)).ravel(), 0.0)
         tree.set((base + leaving % self.slots)[count > self.slots], 0.0)
         slot = (base + entering % self.slots)[entering >= 0]
-        tree.set(slot, np.where(self._flag[slot] == FINAL, 0.0, self._highest[0]))
+        tree.set(slot, np.where(self._flag[slot] == FINAL, 0.0, preferred.highest[0]))
 
     # -- reading -------------------------------------------------------------------------------------------------
+
+    @property
+    def written(self) -> np.ndarray:
+        """Slots ever written, by lane (N,); the p-th of them, from 0 on, is at position p, in slot p modulo L."""
+        return self._count.copy()
+
+    def observations(self, lane: np.ndarray, position: np.ndarray) -> Any:
+        """What was seen at positions (B,) of lanes (B,): (B, *S)."""
+        base = lane * self.slots
+        if self.stack > 1:
+            return torch.from_numpy(self._stacks(base, position))
+        slot = base + position % self.slots
+        found = {name: torch.from_numpy(frames[slot]) for name, frames in self._frames.items()}
+        return found[""] if "" in found else found
+
+    def outcomes(self, lane: np.ndarray, position: np.ndarray) -> Outcomes:
+        """What was done at positions (B,) of lanes (B,), and what came of it."""
+        base = lane * self.slots
+        slot = base + position % self.slots
+        returned = self._returns(base, position)
+        return Outcomes(self._action[slot], *returned, self._flag[slot] != FINAL)
 
     def _window(self) -> tuple[np.ndarray, np.ndarray]:
         """By lane, the positions [low, high) whose stack and n-step successor are all in the ring."""
@@ -283,25 +309,23 @@ class Ring:
         low = np.where(oldest > 0, oldest + self.stack - 1, 0)
         return low, np.maximum(self._count - self.n_step, low)
 
-    def _draw_preferred(self, tree: SumTree, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Lanes and positions (B,), by priority."""
-        total = tree.total
-        if total == 0:
-            raise ValueError("the replay has nothing to sample yet")
-        slot = tree.find(self.rng.random(batch) * total)
+    def _draw(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Lanes and positions (B,)."""
+        if self.preferred is None:
+            return self._draw_any(batch)
+        slot = self.preferred.draw(self.rng, batch)
         lane, offset = slot // self.slots, slot % self.slots
         count = self._count[lane]
         return lane, count - 1 - (count - 1 - offset) % self.slots  # the newest position in this slot
 
     def _weights(self, index: np.ndarray, parts: int) -> Tensor:
         """Importance weights (B,) of slots drawn for `parts` batches; 1 for uniform sampling."""
-        if self._tree is None or self.priority is None:
+        if self.preferred is None:
             return torch.ones(len(index))
-        drawn = self._tree.leaves[index].reshape(parts, -1)
-        return torch.from_numpy(weights(drawn, self.priority.beta(int(self._steps[0]))).ravel())
+        return torch.from_numpy(self.preferred.weights(index, parts, self.added))
 
-    def _draw(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Lanes and positions (B,), uniform over all starts; a FINAL slot is drawn again."""
+    def _draw_any(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Uniform over all starts; a FINAL slot is drawn again."""
         low, high = self._window()
         ends = np.cumsum(high - low)
         if ends[-1] <= 64 and len(self) == 0:
@@ -351,17 +375,19 @@ class Ring:
             self._blank(window, base, position + 1)
             pairs = {"": (window[:, :-1], window[:, 1:])}
         else:
-            stacks = []
-            for last in (position, position + taken):
-                stacks.append(self._frames[""][self._stack_index(base, last, self.stack)])
-                self._blank(stacks[-1], base, last)
-            pairs = {"": (stacks[0], stacks[1])}
+            pairs = {"": (self._stacks(base, position), self._stacks(base, position + taken))}
         tensors = {name: (torch.from_numpy(a), torch.from_numpy(b)) for name, (a, b) in pairs.items()}
         if "" in tensors:
             return tensors[""]
         return {name: pair[0] for name, pair in tensors.items()}, {
             name: pair[1] for name, pair in tensors.items()
         }
+
+    def _stacks(self, base: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Stacks (B, stack, *frame) that end at the positions `last`."""
+        stacks = self._frames[""][self._stack_index(base, last, self.stack)]
+        self._blank(stacks, base, last)
+        return stacks
 
     def _stack_index(self, base: np.ndarray, last: np.ndarray, depth: int) -> np.ndarray:
         return base[:, None] + (last[:, None] + np.arange(1 - depth, 1)) % self.slots  # (B, depth)

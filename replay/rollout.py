@@ -220,7 +220,9 @@ def pack(decision: Decision) -> dict[str, np.ndarray]:
 def unpack(arrays: dict[str, np.ndarray], like: Any) -> Decision:
     """The decision that `pack` packed; `like` is an action, for the shape of its tree."""
     parts = (arrays[f"action.{k}"] for k, _ in enumerate(leaves(like)))
-    state = tuple(arrays[f"state.{k}"] for k in range(sum(name.startswith("state.") for name in arrays)))
+    state = tuple(
+        np.array(arrays[f"state.{k}"]) for k in range(sum(name.startswith("state.") for name in arrays))
+    )
     return Decision(filled(like, parts), state, *map(arrays.get, ("sample", "logp", "value")))
 
 

@@ -39,6 +39,25 @@ class Batch(NamedTuple):
     index: Tensor  # (B,) where the samples lie, for update_priority
 
 
+class Sequences(NamedTuple):
+    """B runs of T consecutive steps to learn from, for nets with memory.
+
+    The steps are burn_in + L + n: L of them are learned, those before bring the memory up to date, and the n behind
+    are successors. Where an episode ends its last observation is a step of its own, at which nothing was done.
+    """
+
+    obs: Tensor  # (T, B, *S)
+    first: Tensor  # (T, B) bool, where an episode begins: the memory is reset before
+    state: tuple[Tensor, ...]  # (B, ...) what was remembered before the first step
+    action: Tensor  # (L, B, *A)
+    reward: Tensor  # (L, B) sum of gamma^i r_i over the k <= n steps really summed
+    successor: Tensor  # (L, B) int64, the step in [0, T) that comes k later
+    discount: Tensor  # (L, B) gamma^k * (1 - terminated)
+    acted: Tensor  # (L, B) bool; False where nothing was done
+    weight: Tensor  # (B,) importance weight, 1 for uniform sampling
+    index: Tensor  # (B,) where the sequences lie, for update_priority
+
+
 class Five(NamedTuple):
     """One step of N environments and what is done after it, (s, a, r, s', a'): what SARSA learns from."""
 

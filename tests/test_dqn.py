@@ -18,7 +18,7 @@ from agents.optimizers import Adam
 from backbones.compute import Compute
 from replay import Batch, Ring, Transition
 from runs import UserError
-from tests.tools import CPU, PAYS, VECTOR, batch_of, built, digest, trained
+from tests.tools import CPU, PAYS, VECTOR, Elman, batch_of, built, digest, trained
 
 QUICK = dict(learning_starts=64, train_every=1, batch=32, lr=3e-3, target_every=20, capacity=4_000)
 
@@ -207,11 +207,13 @@ OTHER = dict(
     epsilon_steps=100, clip_reward=True, acting="target", munchausen=0.9, temperature=0.5, lr_end=1e-5, lr_steps=400,
     dueling="mean", noisy="independent", noisy_sigma=2.0, distributional="quantile", atoms=11, v_min=-3.0, v_max=30.0,
     alpha=0.5, beta_start=0.9, beta_end=0.1, beta_steps=100,
+    sequence=12, burn_in=2,
 )  # fmt: skip
 # the part that a knob belongs to
 PARTS = {"temperature": {"munchausen": 0.9}, "noisy_sigma": {"noisy": "factorised"}} | {
     **{key: {"distributional": "c51"} for key in ("atoms", "v_min", "v_max")},
     **{key: {"alpha": 0.6} for key in ("beta_start", "beta_end", "beta_steps")},
+    **{key: {"sequence": 8, "burn_in": 3, "batch": 4, "train_every": 4} for key in ("sequence", "burn_in")},
 }
 
 
@@ -219,12 +221,13 @@ PARTS = {"temperature": {"munchausen": 0.9}, "noisy_sigma": {"noisy": "factorise
 def test_every_knob_is_live(name: str) -> None:
     base = dict(
         learning_starts=64, train_every=1, batch=32, lr=1e-2, target_every=40, capacity=2_000, epsilon_steps=200,
-        max_grad_norm=1.0, lr_end=1e-3, **PARTS.get(name, {}),
-    )  # fmt: skip
+        max_grad_norm=1.0, lr_end=1e-3,
+    ) | PARTS.get(name, {})  # fmt: skip
     assert OTHER[name] != getattr(replace(Config(), **base), name)
 
     def run(**knobs: object) -> str:
-        return digest(trained(PAYS, 260, **{**base, **knobs})[0])
+        kind = {"backbone": Elman(4)} if "sequence" in base else {}
+        return digest(trained(PAYS, 260, **{**base, **knobs}, **kind)[0])
 
     assert run() != run(**{name: OTHER[name]})
 

@@ -61,10 +61,10 @@ class Fourth:
     def greedy(self, obs: Any, first: np.ndarray, state: tuple) -> Decision:
         return Decision(np.full(len(first), 4), state)
 
-    def values(self, obs: Any) -> np.ndarray:
+    def values(self, obs: Any, first: Any = None, state: Any = ()) -> np.ndarray:
         return np.tile(np.array([[1.0, 2.0]], np.float32), (len(obs), 1))
 
-    def probabilities(self, obs: Any) -> np.ndarray:
+    def probabilities(self, obs: Any, first: Any = None, state: Any = ()) -> np.ndarray:
         return np.tile(np.array([[0.0, 1.0]], np.float32), (len(obs), 1))
 
 

@@ -167,8 +167,8 @@ def test_priorities_are_fed_back(distributional: str) -> None:
     collector = Collector(env, 0)
     off_policy(agent, collector, ring, Quiet(), 60)  # type: ignore[arg-type]  # all that the loop asks of a watch
     collector.close()
-    assert ring._tree is not None
-    leaves = ring._tree.leaves
+    assert ring.preferred is not None
+    leaves = ring.preferred.tree.leaves
     assert len(np.unique(leaves[leaves > 0])) > 10
 
 

@@ -85,19 +85,19 @@ def test_exactly_the_possible_starts_have_a_priority(steps: int, stack: int, n_s
         for position in range(low[lane], high[lane])
         if ring._flag[lane * ring.slots + position % ring.slots] != FINAL
     }
-    assert ring._tree is not None
-    assert set(np.flatnonzero(ring._tree.leaves)) == possible
+    assert ring.preferred is not None
+    assert set(np.flatnonzero(ring.preferred.tree.leaves)) == possible
 
 
 def test_samples_come_by_priority_and_are_the_same_data() -> None:
     ring = filled(100)
-    assert ring._tree is not None
+    assert ring.preferred is not None
     batch = ring.sample(4_000)
     error = torch.linspace(0, 3, 4_000)
     ring.update_priority(batch.index, error)
     expected = (float(error[-1]) + EPSILON) ** 0.6
-    assert ring._tree.leaves[int(batch.index[-1])] == pytest.approx(expected)
-    leaves = ring._tree.leaves
+    assert ring.preferred.tree.leaves[int(batch.index[-1])] == pytest.approx(expected)
+    leaves = ring.preferred.tree.leaves
     drawn = ring.sample(50_000)
     slots = np.flatnonzero(leaves)
     counts = np.bincount(drawn.index.numpy(), minlength=len(leaves))
@@ -112,8 +112,8 @@ def test_samples_come_by_priority_and_are_the_same_data() -> None:
 
 def test_weighted_mean_is_unbiased_at_beta_one() -> None:
     ring = filled(100)  # past beta_steps: beta is 1
-    assert ring._tree is not None
-    slots = np.flatnonzero(ring._tree.leaves)
+    assert ring.preferred is not None
+    slots = np.flatnonzero(ring.preferred.tree.leaves)
     value = ring._reward[slots]
     ring.update_priority(torch.from_numpy(slots), torch.from_numpy((value - value.min() + 1) ** 3))
     batch = ring.sample(200_000)
@@ -134,16 +134,16 @@ def test_weights_and_beta_by_hand() -> None:
 
 def test_what_is_new_gets_the_highest_priority_so_far() -> None:
     ring = filled(20)
-    assert ring._tree is not None
-    assert ring._tree.leaves.max() == 1
+    assert ring.preferred is not None
+    assert ring.preferred.tree.leaves.max() == 1
     ring.update_priority(torch.tensor([3]), torch.tensor([32.0]))
-    before = set(np.flatnonzero(ring._tree.leaves))
+    before = set(np.flatnonzero(ring.preferred.tree.leaves))
     obs, no = np.zeros((2, 3), np.float32), np.zeros(2, bool)
     ring.add(Transition(obs, np.zeros(2, np.int64), np.ones(2, np.float32), obs, no, no, no))
-    new = set(np.flatnonzero(ring._tree.leaves)) - before
+    new = set(np.flatnonzero(ring.preferred.tree.leaves)) - before
     assert len(new) == 2
     for slot in new:
-        assert ring._tree.leaves[slot] == pytest.approx((32 + EPSILON) ** 0.6)
+        assert ring.preferred.tree.leaves[slot] == pytest.approx((32 + EPSILON) ** 0.6)
 
 
 def test_state_holds_the_priorities() -> None:

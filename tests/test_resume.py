@@ -10,11 +10,13 @@ import pytest
 
 import envs
 from agents import load, resume, train
+from agents.dqn import DQN
 from agents.evaluate import Evaluator
+from agents.sarsa import SARSA
 from agents.watch import Watch
 from envs import Collector
 from runs import Run, UserError
-from tests.tools import NESTED, SMALL, assert_same_run, register, rows
+from tests.tools import NESTED, SMALL, Elman, assert_same_run, register, rows
 
 PIXELS = dict(size=16, net="light", features=16)
 
@@ -34,16 +36,16 @@ def killed_at(monkeypatch, step):
     monkeypatch.setattr(Watch, "after", dying)
 
 
-def interrupted(monkeypatch, tmp_path, env, kill, steps=200, agent="dqn", small=SMALL, **settings):
-    """The same run twice, undisturbed and killed after `kill` steps; their folders."""
-    settings = {**small, **settings}
+def interrupted(monkeypatch, tmp_path, env, kill, steps=200, agent="dqn", small=SMALL, make=None, **settings):
+    """The same run twice, undisturbed and killed after `kill` steps; their folders. `make`: an agent object."""
+    settings = {**small, **settings, "steps": steps, "preset": "none", "say": lambda _: None}
     whole, other = tmp_path / "whole", tmp_path / "other"
-    train(agent, env, run=whole, steps=steps, preset="none", say=lambda _: None, **settings)
+    train(make() if make else agent, env, run=whole, **settings)
     with monkeypatch.context() as patch:
         killed_at(patch, kill)
         with pytest.raises(Killed):
-            train(agent, env, run=other, steps=steps, preset="none", say=lambda _: None, **settings)
-    result = resume(other, say=lambda _: None)
+            train(make() if make else agent, env, run=other, **settings)
+    result = resume(other, agent=make() if make else None, say=lambda _: None)
     assert result.summary["steps"] >= steps and result.summary["finished"]
     return whole, other
 
@@ -98,6 +100,49 @@ def test_tabular_agents_go_on_to_the_bit(tmp_path, monkeypatch, agent, env, sett
     assert_same_run(*interrupted(monkeypatch, tmp_path, env, kill, agent=agent, small={}, **settings))
     counters = Run.open(tmp_path / "other").load("latest")["counters"]
     assert counters["updates"] > 0
+
+
+OFF = dict(sequence=6, burn_in=2, **{key: SMALL[key] for key in SMALL.keys() - RUN.keys()})
+PRIOR = dict(alpha=0.6, noisy="factorised", double="twin")
+
+
+@pytest.mark.parametrize(
+    ("make", "env", "settings"),
+    [
+        (lambda: DQN(backbone=Elman(4), **OFF), "CartPole-v1", dict(num_envs=1)),
+        (lambda: DQN(backbone=Elman(4), **OFF, **PRIOR), "CartPole-v1", dict(num_envs=3)),
+        (lambda: DQN(backbone=Elman(3), **OFF), "chordate/Memory-v0", dict(num_envs=2)),
+        (lambda: SARSA(backbone=Elman(4), rollout=5), "CartPole-v1", dict(num_envs=2)),
+        (lambda: SARSA(backbone=Elman(3), rollout=1), "chordate/Memory-v0", dict(num_envs=1)),
+        (lambda: SARSA(backbone=Elman(1)), "chordate/Truncation-v0", dict(num_envs=1)),
+    ],
+)
+@pytest.mark.parametrize("kill", [65, 150])
+def test_memory_goes_on_to_the_bit(tmp_path, monkeypatch, make, env, settings, kill):
+    """What the agent remembers, in mid-episode, is part of a checkpoint."""
+    runs = interrupted(monkeypatch, tmp_path, env, kill, make=make, small=RUN, **settings)
+    assert_same_run(*runs)
+    state = Run.open(runs[1]).load("latest")
+    assert state["counters"]["updates"] > 0 and state["loop"]["state.0"].any()
+
+
+NETS = {
+    "lstm": dict(width=8, start="normal", encoder="mlp"),
+    "gru": dict(width=8, start="learned"),
+    "transformer": dict(width=8, heads=2, layers=1, context=5),
+    "window": dict(window=3),
+}
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("agent", ["dqn", "sarsa"])
+def test_every_memory_goes_on_to_the_bit(tmp_path, monkeypatch, agent, net):
+    own = OFF | {"num_envs": 2} if agent == "dqn" else {"rollout": 5, "num_envs": 2}
+    settings = {**RUN, **NETS[net], **own, "backbone": net}
+    assert_same_run(
+        *interrupted(monkeypatch, tmp_path, "CartPole-v1", 150, agent=agent, small={}, **settings)
+    )
+    assert "state.0" in Run.open(tmp_path / "other").load("latest")["loop"]
 
 
 ACTORS = {

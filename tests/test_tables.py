@@ -330,6 +330,7 @@ BOX = dict(net=dict(bins=(6,), low=(-2.4, -3.0, -0.21, -3.0), high=(2.4, 3.0, 0.
 OTHER = dict(
     lr=0.3, gamma=0.5, batch=16, train_every=4, updates=2, learning_starts=80, capacity=100,
     epsilon_start=0.5, epsilon_end=0.5, epsilon_steps=100, max_grad_norm=0.01,
+    rollout=3,
 )  # fmt: skip
 OTHER_NET = dict(initial=2.0, omega=0.5, bins=(5,), low=(-1.0,), high=(1.0,))
 

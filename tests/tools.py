@@ -12,6 +12,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
+from torch import Tensor, nn
 
 import envs
 from agents import load
@@ -20,10 +21,12 @@ from agents.dqn import DQN
 from agents.loop import off_policy, on_policy
 from agents.qtable import QTable
 from agents.sarsa import SARSA
+from agents.training import replay_of
+from backbones.base import Backbone
 from backbones.compute import Compute
 from envs import Collector, EnvConfig
 from envs.atari import DEFAULT
-from replay import Batch, Ring
+from replay import Batch
 from runs import checkpoint
 
 CPU = Compute("cpu", "fp32", 1, False)
@@ -92,6 +95,33 @@ def _pays() -> gymnasium.Env:
     return gymnasium.wrappers.TransformReward(gymnasium.make("CartPole-v1"), lambda reward: 2.5 * reward)
 
 
+class Elman(Backbone):
+    """The plainest memory, one step after the other: h = tanh(W x + U h + b)."""
+
+    memory = True
+
+    def __init__(self, size: int, width: int = 16, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.inner, self.outer = nn.Linear(width, width, bias=False), nn.Linear(size, width)
+        self.features = width
+
+    def initial(self, n: int) -> tuple[Tensor, ...]:
+        return (torch.zeros(n, self.features),)
+
+    def forward(self, obs: Any, state: Any = (), first: Any = None) -> Any:
+        flat = obs["obs"] if isinstance(obs, dict) else obs
+        h = state[0] if state else torch.zeros(*flat.shape[-2:-1], self.features)
+        begins = torch.zeros(flat.shape[:-1], dtype=torch.bool) if first is None else first
+        features = []
+        steps = zip(flat, begins, strict=True) if flat.ndim == 3 else [(flat, begins)]
+        for x, new in steps:
+            h = torch.tanh(self.outer(x) + self.inner(torch.where(new[:, None], 0.0, h)))
+            features.append(h)
+        return (torch.stack(features) if flat.ndim == 3 else h), (h,)
+
+
 class Quiet:
     """A watch that writes nothing; it keeps what it was told."""
 
@@ -112,7 +142,7 @@ def built(
 ) -> DQN:
     """A small DQN with networks."""
     torch.set_num_threads(compute.threads)
-    net = knobs.pop("net", {"hidden": (32,)})
+    net = knobs.pop("net", {} if "backbone" in knobs else {"hidden": (32,)})
     agent = DQN(net=net, **knobs)
     agent.build(space, spaces.Discrete(actions), compute, np.random.SeedSequence(seed), print)
     return agent
@@ -140,16 +170,7 @@ def trained(
     between, of_env = knobs.pop("between", None), knobs.pop("env_config", envs.EnvConfig())
     env = envs.make(env_id, num_envs, seed, of_env)
     agent = built(seed, env.single_observation_space, int(env.single_action_space.n), **knobs)  # type: ignore[attr-defined]
-    config = agent.config
-    replay = Ring(
-        config.capacity,
-        num_envs,
-        env.single_observation_space,
-        env.single_action_space,
-        stack=envs.frame_stack(env),
-        rng=np.random.default_rng(seed),
-        **config.replay,
-    )
+    replay = replay_of(agent, env, np.random.default_rng(seed))
     watch, collector = Quiet(between), Collector(env, seed, overlap=overlap)
     off_policy(agent, collector, replay, watch, steps)  # type: ignore[arg-type]  # duck-typed watch
     collector.close()
@@ -191,9 +212,8 @@ def tabular(
     seen, acted = env.single_observation_space, env.single_action_space
     agent.build(seen, acted, CPU, np.random.SeedSequence(seed), print)
     if agent.loop == "off_policy":
-        config = agent.config
-        ring = Ring(config.capacity, num_envs, seen, acted, rng=np.random.default_rng(seed), **config.replay)
-        off_policy(agent, collector, ring, watch, steps)  # type: ignore[arg-type]  # duck-typed watch
+        replay = replay_of(agent, env, np.random.default_rng(seed))
+        off_policy(agent, collector, replay, watch, steps)  # type: ignore[arg-type]  # duck-typed watch
     else:
         on_policy(agent, collector, agent.memory(collector.obs), watch, steps)  # type: ignore[arg-type]  # duck-typed watch
     collector.close()
