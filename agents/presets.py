@@ -108,7 +108,7 @@ GAMMA_8 = 0.995
 TABLE_WHY = "reaches the best policy of value iteration: runs/reference/README.md"
 PONG_WHY = "found on two cores: runs/reference/README.md"
 PRESETS = {
-    "pong": Preset("dqn", ("ALE/Pong-v*",), PONG | dict(steps=5_000_000, lr_steps=5_000_000), PONG_WHY),
+    "pong": Preset("dqn", ("ALE/Pong-v*",), PONG | dict(steps=3_200_000, lr_steps=5_000_000), PONG_WHY),
     # without sticky actions fewer steps will do
     "pong-noframeskip": Preset(
         "dqn", ("PongNoFrameskip-v*",), PONG | dict(steps=1_000_000, lr_steps=1_000_000), PONG_WHY
