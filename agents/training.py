@@ -292,6 +292,11 @@ def _compare(path: str | Path, strict: bool, say: Callable[[str], None], differe
         say(f"bits may differ from an undisturbed run: {difference}")
 
 
+def _remembers(name: str, agent: Agent) -> bool:
+    """Whether the backbone, a name or the agent's object, has a memory."""
+    return agent.backbone.memory if name.startswith(OBJECT) else name in backbones.MEMORY
+
+
 Start = tuple[Run, int, dict[str, Any] | None]  # an open run, the step it stands at, and what was saved there
 
 
@@ -310,6 +315,14 @@ def _train(
     say(envs.describe(env))
     say(f"preset {settings['preset']}; backbone {settings['backbone']}")
     updates = chosen.agent.rounds(config.steps, config.num_envs)
+    if _remembers(
+        settings["backbone"], agent
+    ):  # such a pass is cut up as episodes happen to end: no graph fits the next
+        if chosen.compute.compile == "on":
+            raise UserError(
+                f"--compile on: updates of a backbone with memory ({settings['backbone']}) are not compiled"
+            )
+        updates = 0
     seen = dict(image=_sees_image(env), wide=wide(chosen.net))
     compute = choose(chosen.compute, **seen, updates=updates, say=say)
     agent.build(env.single_observation_space, env.single_action_space, compute, of_agent, say)
