@@ -33,6 +33,9 @@ from replay import Decision, Rollout, Rollouts, Update
 from replay.tree import leaves, mapped
 from runs.config import Knob, RunFailed, UserError, check
 
+NOTHING = np.zeros(0, np.float32)
+PORTION = 1_024  # observations whose values are computed at a time
+
 
 @dataclass(frozen=True)
 class ActorConfig:
@@ -164,8 +167,11 @@ class ActorCritic(nn.Module):
         """Observations as the backbones get them."""
         return obs if self.normalizer is None else self.normalizer(obs)
 
-    def quick(self) -> tuple[Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], int] | None:
-        """`forward` in numpy for so many observations at most, where all parts have that form."""
+    def quick(self) -> tuple[Callable[[np.ndarray, bool], tuple[np.ndarray, np.ndarray]], int] | None:
+        """`forward` in numpy for so many observations at most, where all parts have that form.
+
+        Only with `judge` it asks a critic of its own for the values, which are (0,) else.
+        """
         trunk, head, value = self.backbone.quick(), self.policy.quick(), self.value.quick()
         critic = trunk if self.critic is None else self.critic.quick()
         if trunk is None or head is None or value is None or critic is None:
@@ -173,9 +179,11 @@ class ActorCritic(nn.Module):
         seen = None if self.normalizer is None else self.normalizer.quick()
         shared = self.critic is None
 
-        def run(obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def run(obs: np.ndarray, judge: bool) -> tuple[np.ndarray, np.ndarray]:
             x = obs if seen is None else seen(obs)
             features = trunk(x)
+            if not judge and not shared:
+                return head(features), NOTHING
             return head(features), value(features if shared else critic(x))[:, 0]
 
         return run, min(part.rows for part in (trunk, critic, head, value))
@@ -300,6 +308,9 @@ class PolicyAgent(ABC):
                     trunk.to(torch.bfloat16)
         self._reward = RewardScaler(config.gamma) if config.normalize_reward else None
         self._length = self.sequence
+        # a critic of its own is asked when a rollout is whole: one pass costs less than one a step. Not for episodes,
+        # which outlive the weights that they began with
+        self._late = self.model.critic is not None and not self.model.memory and self._length > 0
         self._optimizers = self.prepare(say)
 
     def _model(self, space: spaces.Space[Any]) -> ActorCritic:
@@ -373,13 +384,14 @@ class PolicyAgent(ABC):
     def act(self, obs: Any, first: np.ndarray, state: State, step: int) -> Decision:
         """Draw from the policy."""
         noise = self.distribution.noise(self._rng, len(first))
-        p, value, state = self._forward(obs, first, state)
+        p, value, state = self._forward(obs, first, state, judge=not self._late)
         drawn, logp = self.distribution.draw(p, noise)
-        return Decision(self.distribution.action(drawn), state, drawn, logp if self.compares else None, value)
+        known = (logp if self.compares else None, None if self._late else value)
+        return Decision(self.distribution.action(drawn), state, drawn, *known)
 
     def greedy(self, obs: Any, first: np.ndarray, state: State) -> Decision:
         """The most probable action; of a Gaussian that of its mean, also where tanh moves the mode elsewhere."""
-        p, _, state = self._forward(obs, first, state)
+        p, _, state = self._forward(obs, first, state, judge=not self._late)
         return Decision(self.distribution.action(self.distribution.mode(p)), state)
 
     def values(self, obs: Any, first: np.ndarray | None = None, state: State = ()) -> np.ndarray:
@@ -388,7 +400,7 @@ class PolicyAgent(ABC):
 
     def probabilities(self, obs: Any, first: np.ndarray | None = None, state: State = ()) -> np.ndarray:
         """What `act` draws from, (N, A); (N, 0) where actions are not numbered."""
-        p = self._forward(obs, first, state)[0]
+        p = self._forward(obs, first, state, judge=not self._late)[0]
         return torch.from_numpy(p).softmax(1).numpy() if self._actions else p[:, :0]
 
     def schedule(self, step: int) -> dict[str, float]:
@@ -407,6 +419,8 @@ class PolicyAgent(ABC):
 
     def samples(self, rollout: Rollout) -> Samples:
         """The rollout with its advantages and returns, on the device."""
+        if not rollout.value.size:
+            rollout = rollout._replace(value=self._judged(rollout.obs).reshape(rollout.reward.shape))
         ended = rollout.terminated | rollout.truncated
         reward = np.sign(rollout.reward) if self.config.clip_reward else rollout.reward
         if self._reward is not None:
@@ -445,12 +459,30 @@ class PolicyAgent(ABC):
         shown, *others = to_device((inputs, *map(cut, rest)), self.compute.device)
         return Samples(Inputs(*shown), *others)
 
+    def _judged(self, obs: Any) -> np.ndarray:
+        """Values (B,) of all observations (T, N, *S) of a rollout, some at a time."""
+        rows = mapped(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), obs)
+        found, count = [], len(next(leaves(rows))[1])
+        with self.compute.acting():
+            for start in range(0, count, PORTION):
+                part = mapped(lambda leaf, start=start: leaf[start : start + PORTION], rows)
+                value = self._actor.values_of(Inputs(to_device(part, self.compute.device)))
+                found.append(value.cpu().numpy())
+        return np.concatenate(found)
+
     def _forward(
-        self, obs: Any, first: np.ndarray | None, state: State
+        self, obs: Any, first: np.ndarray | None, state: State, judge: bool = True
     ) -> tuple[np.ndarray, np.ndarray, State]:
-        """Parameters (N, P) and values (N,) of observations (N, *S), and the memory after them; all of it arrays."""
+        """Parameters (N, P) and values (N,) of observations (N, *S), and the memory after them; all of it arrays.
+
+        Without `judge` a critic of its own is not asked, and the values are (0,).
+        """
         if self._quick is not None and len(obs) <= self._rows:
-            p, value = self._quick(obs)
+            p, value = self._quick(obs, judge)
+        elif not judge:
+            with self.compute.acting():
+                p = self._actor.parameters_of(Inputs(to_device(obs, self.compute.device))).cpu().numpy()
+            value = NOTHING
         else:
             if first is None and self.model.memory:
                 first = np.zeros(len(next(leaves(obs))[1]), bool)

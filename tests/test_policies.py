@@ -15,6 +15,7 @@ from agents import load
 from agents.actor import PolicyAgent
 from agents.evaluate import Evaluator
 from envs import EnvConfig
+from replay import Transition
 from runs import UserError
 from runs.config import RunFailed
 from tests.tools import CPU, PAYS, VECTOR, acted, digest
@@ -107,6 +108,24 @@ def test_truncation_bootstraps_and_termination_does_not(name: str, kind: str) ->
     else:
         left = [sum(0.8**k for k in range(n)) for n in (10, 5, 1)]
         assert [value(agent, x) for x in (0.0, 0.5, 0.9)] == pytest.approx(left, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["a2c", "trpo", "ppo"])
+def test_values_of_a_whole_rollout_are_those_of_each_step(name: str) -> None:
+    agent = load(name)(net={"hidden": (8,)}, **{**BASE[name], "rollout": 4})
+    agent.build(VECTOR, spaces.Discrete(2), CPU, np.random.SeedSequence(0), print)
+    rng = np.random.default_rng(0)
+    obs, no = rng.standard_normal((5, 3, 3), np.float32), np.zeros(3, bool)
+    decision, memory = agent.act(obs[0], no, (), 0), agent.memory(obs[0])
+    for t in range(4):
+        assert decision.value is None
+        memory.add(
+            Transition(obs[t], decision.action, np.zeros(3, np.float32), obs[t + 1], no, no, no), decision
+        )
+        decision = agent.act(obs[t + 1], no, (), 0)
+    found = agent.samples(memory.take(obs[4], decision)).value
+    expected = np.concatenate([agent.values(one)[:, 0] for one in obs[:4]])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 # -- knobs and seeds -------------------------------------------------------------------------------------------------
@@ -225,7 +244,6 @@ def test_a_broken_reward_changes_no_weight(name: str) -> None:
     while not memory.full:
         decision = agent.act(obs, no, (), 0)
         reward = np.full(2, np.nan, np.float32)
-        from replay import Transition
 
         memory.add(Transition(obs, decision.action, reward, obs, ~no, no, no), decision)
     agent.update(memory.take(obs, agent.act(obs, no, (), 0)))

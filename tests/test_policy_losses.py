@@ -372,7 +372,7 @@ def test_the_gradient_is_unbiased(baseline: str) -> None:
         ~over,
         over,
         np.zeros((count, 0), np.float32),  # nobody compares
-        decision.value[:, None],
+        agent.values(obs),
     )
     r = Rollout(obs[:, None], *drawn, obs[:0], obs[:1], decision._replace(value=np.zeros(1, np.float32)), ())
     w, found = weights_of(agent), gradients(agent)

@@ -36,7 +36,7 @@ def samples_of(agent: Any, size: int, seed: int, scale: float = 1.0) -> Samples:
     obs = rng.standard_normal((size, 3)).astype(np.float32)
     decision = agent.act(obs, np.zeros(size, bool), (), 0)
     advantage, target = (scale * rng.standard_normal((2, size))).astype(np.float32)
-    parts = (obs, decision.sample, np.zeros(0, np.float32), decision.value, advantage, target)
+    parts = (obs, decision.sample, np.zeros(0, np.float32), agent.values(obs)[:, 0], advantage, target)
     shown, *rest = map(torch.from_numpy, parts)
     return Samples(Inputs(shown), *rest)
 
