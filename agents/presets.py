@@ -369,7 +369,7 @@ PRESETS = {
     "reinforce-mujoco": Preset(
         "reinforce",
         (*MUJOCO, "Pendulum-v*"),
-        SMALL | _falling(1_000_000, 3e-3, num_envs=8, normalize_obs=True),
+        SMALL | _falling(1_000_000, 3e-3, num_envs=2, episodes=2, normalize_obs=True),
         "found here",
     ),
 }
