@@ -303,7 +303,7 @@ def test_evaluation_and_film_carry_the_memory() -> None:
         assert age == (0 if first else ages[env] + 1)
         ages[env] = age
     assert len(episodes) == 6 and evaluator.values.max() <= 7
-    film = list(shots(agent, "CartPole-v1", EnvConfig(), 0, 50))
+    film = list(shots(agent, "ALE/Pong-v5", EnvConfig(), 0, 50))  # draws itself without further packages
     assert (
         [shot.values[0] for shot in film]
         == [shot.probabilities[0] for shot in film]

@@ -26,6 +26,7 @@ from gymnasium import spaces
 
 import envs
 from agents import AGENTS, load
+from agents.actor import Inputs
 from agents.training import parts, train, wide
 from agents.watch import WARM_UPDATES
 from backbones.compute import choose, guarded_compile, to_device
@@ -318,8 +319,8 @@ class Pass:
         model, self.compute = agent.model, agent.compute
         self.outputs, modules = {
             "network": (model, [model]),
-            "policy": (lambda x: [model.policy(model.backbone(x)[0])], [model.backbone, model.policy]),
-            "critic": (lambda x: [model.value(model.critic(x)[0])], [model.critic, model.value]),
+            "policy": (lambda x: [model.parameters_of(x)], [model.backbone, model.policy]),
+            "critic": (lambda x: [model.values_of(x)], [model.critic, model.value]),
         }[name]
         self.weights = [weight for module in modules for weight in module.parameters()]
         self.obs = to_device(obs, self.compute.device)
@@ -331,7 +332,7 @@ class Pass:
 
     def gradients(self, obs: Any) -> Any:
         with self.compute.autocast():
-            outputs = self.outputs(obs)
+            outputs = self.outputs(Inputs(obs))
         return torch.autograd.grad(sum(output.square().mean() for output in outputs), self.weights)
 
 
