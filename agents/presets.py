@@ -223,6 +223,15 @@ PRESETS = {
         | dict(clip_end=1e-3, clip_steps=100_000),
         ZOO,
     ),
+    "ppo-cartpole-novel": Preset(
+        "ppo",
+        ("chordate/CartPoleNoVel-v*",),
+        SMALL
+        | NORMALIZE
+        | _falling(150_000, 2e-3, num_envs=8, rollout=128, batch=256)
+        | dict(backbone="lstm", width=64, hidden=(64,), sequence=64, eval_every=25_000),
+        "found here, on seed 11: velocities are hidden, so it remembers",
+    ),
     "ppo-acrobot": Preset(
         "ppo",
         ("Acrobot-v*", "MountainCar-v*"),
