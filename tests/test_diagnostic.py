@@ -37,7 +37,10 @@ def test_each_can_be_made_and_collected(name: str) -> None:
     collector = Collector(env, 0)
     for _ in range(80):
         collector.send(env.action_space.sample())
-        collector.recv()
+        step = collector.recv()
+        for obs in (step.obs, step.next_obs):
+            assert all(env.single_observation_space.contains(row) for row in obs)
+    assert collector.steps == 80
     collector.close()
 
 

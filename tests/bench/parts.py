@@ -5,6 +5,7 @@ Rates are of whole training steps (acting, emulation, replay, updates, logging),
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -179,10 +180,8 @@ def skrl(work: Work, seconds: float, vectorization: str) -> dict[str, Any]:
         trainer = SequentialTrainer(
             env=env, agents=agent, cfg={"timesteps": 10**9, "headless": True, "disable_progressbar": True}
         )
-        try:
+        with contextlib.suppress(Finished):  # how `Timed` ends its endless training
             trainer.train()
-        except Finished:
-            pass
     counted = len(marks) - 1 - WARM_UPDATES
     return {
         "steps_per_second": counted * copies / (marks[-1] - marks[WARM_UPDATES]),
