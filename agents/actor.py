@@ -31,7 +31,7 @@ from backbones.compute import Compute, copy_weights, guarded_compile, to_device
 from envs.mask import MASK, is_masked
 from replay import Decision, Rollout, Rollouts, Update
 from replay.tree import leaves, mapped
-from runs.config import Knob, RunFailed, UserError, check
+from runs.config import Knob, RunFailed, UserError, check, needed
 
 NOTHING = np.zeros(0, np.float32)
 PORTION = 1_024  # observations whose values are computed at a time
@@ -58,8 +58,7 @@ class ActorConfig:
     def __post_init__(self) -> None:
         """Raises: UserError for a value out of range."""
         check(type(self), vars(self))
-        if self.lr_end is None and self.lr_steps != type(self).lr_steps:
-            raise UserError("--lr-steps has no effect without --lr-end")
+        needed(self, {"--lr-end": (self.lr_end is not None, ("lr_steps",))})
 
 
 class Inputs(NamedTuple):

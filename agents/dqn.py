@@ -66,7 +66,7 @@ from envs.mask import MASK, is_masked
 from replay import Batch, Decision, Sequences, Update
 from replay.priority import Priority
 from replay.tree import leaves, mapped
-from runs.config import Knob, UserError, check
+from runs.config import Knob, UserError, check, needed
 
 KINDS = ("off", "c51", "quantile")
 DOUBLE = ("off", "online", "twin")
@@ -132,10 +132,7 @@ class Config:
             "--munchausen": (self.munchausen > 0, ("temperature",)),
             "--alpha": (self.alpha > 0, ("beta_start", "beta_end", "beta_steps")),
         }
-        for part, (on, names) in parts.items():
-            for name in names:
-                if not on and getattr(self, name) != getattr(Config, name):
-                    raise UserError(f"--{name.replace('_', '-')} has no effect without {part}")
+        needed(self, parts)
 
     @property
     def replay(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from agents.actor import ActorConfig, PolicyAgent, Samples, minibatches, rounds, samples_of, sequence
 from agents.base import linear
 from agents.optimizers import Adam, Optimizer, learned
-from runs.config import Knob, UserError
+from runs.config import Knob, needed
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class Config(ActorConfig):
     def __post_init__(self) -> None:
         """Raises: UserError for a value out of range, or a knob whose part is off."""
         super().__post_init__()
-        if self.clip_end is None and self.clip_steps != Config.clip_steps:
-            raise UserError("--clip-steps has no effect without --clip-end")
+        needed(self, {"--clip-end": (self.clip_end is not None, ("clip_steps",))})
 
     def rounds(self, steps: int, num_envs: int) -> int:
         """Updates in so many steps over all environments."""

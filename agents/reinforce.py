@@ -33,7 +33,7 @@ from agents.optimizers import Adam, Optimizer, learned
 from agents.ppo import normalized, value_loss
 from replay import Episodes, Rollout, Rollouts
 from replay.tree import leaves
-from runs.config import Knob, UserError
+from runs.config import Knob, UserError, needed
 
 BASELINES = ("none", "average", "learned")
 
@@ -61,10 +61,7 @@ class Config(ActorConfig):
             "--baseline average": (self.baseline == "average", ("baseline_rate",)),
             "--baseline learned": (self.baseline == "learned", ("value_epochs", "value_lr")),
         }
-        for part, (on, names) in parts.items():
-            for name in names:
-                if not on and getattr(self, name) != getattr(Config, name):
-                    raise UserError(f"--{name.replace('_', '-')} has no effect without {part}")
+        needed(self, parts)
 
     def rounds(self, steps: int, num_envs: int) -> int:
         """Updates are few and of changing size: not worth compiling."""

@@ -96,6 +96,14 @@ def check(owner: Callable[..., Any], values: Mapping[str, Any]) -> None:
         _check_value(known[name], value)
 
 
+def needed(config: Any, parts: Mapping[str, tuple[bool, tuple[str, ...]]]) -> None:
+    """Raise `UserError` for the first knob that was changed though its part is off: part -> (on, its knobs)."""
+    for part, (on, names) in parts.items():
+        for name in names:
+            if not on and getattr(config, name) != getattr(type(config), name):
+                raise UserError(f"--{name.replace('_', '-')} has no effect without {part}")
+
+
 def _check_value(field: Field, value: Any) -> None:
     knob, allowed = field.knob, _allowed(field)
     if value is None and type(None) in typing.get_args(field.type):
