@@ -327,16 +327,14 @@ class Ring:
     def _draw_any(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
         """Uniform over all starts; a FINAL slot is drawn again."""
         low, high = self._window()
-        ends = np.cumsum(high - low)
+        width = high - low
+        ends = np.cumsum(width)
         if ends[-1] <= 64 and len(self) == 0:
             raise ValueError("the replay has nothing to sample yet")
+        even = (width == width[0]).all()  # as in a full ring: a division finds the lane, else a search
         chosen = self.rng.integers(ends[-1], size=batch)
         while True:
-            lane = (
-                np.searchsorted(ends, chosen, side="right")
-                if self.num_envs > 1
-                else np.zeros(batch, np.int64)
-            )
+            lane = chosen // width[0] if even else np.searchsorted(ends, chosen, side="right")
             position = chosen - (ends - high)[lane]  # ends - high = (starts before this lane) - low
             final = self._flag[lane * self.slots + position % self.slots] == FINAL
             if not final.any():
