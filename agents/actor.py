@@ -11,7 +11,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -27,11 +27,11 @@ from agents.heads import SPREADS, PolicyHead, ValueHead
 from agents.normalize import ObsNormalizer, RewardScaler
 from agents.optimizers import Optimizer
 from backbones.base import Backbone
-from backbones.compute import Compute, copy_weights, guarded_compile, to_device
+from backbones.compute import Compute, copy_weights, guarded_compile, to_device, to_numpy
 from envs.mask import MASK, is_masked
 from replay import Decision, Rollout, Rollouts, Update
-from replay.tree import leaves, mapped
-from runs.config import Knob, RunFailed, UserError, check, needed
+from replay.tree import joined, mapped, rows
+from runs.config import Knob, RunFailed, UserError, check, configured, needed
 
 NOTHING = np.zeros(0, np.float32)
 PORTION = 1_024  # observations whose values are computed at a time
@@ -274,8 +274,7 @@ class PolicyAgent(ABC):
 
         Raises: UserError for an unknown knob or a value out of range.
         """
-        check(self.Config, knobs)
-        self.config = replace(config or self.Config(), **knobs)
+        self.config = configured(self.Config, config, knobs)
         self.backbone, self.net = backbone, net or {}
         self.updates, self.steps = 0, 0  # gradient steps, and agent steps learned from
 
@@ -341,7 +340,7 @@ class PolicyAgent(ABC):
 
     def memory(self, like: Any) -> Rollouts:
         """What collects the steps of one update; observations look like `like` (N, *S)."""
-        num_envs = len(next(leaves(like))[1])
+        num_envs = rows(like)
         return Rollouts(self.config.rollout, like, self.initial(num_envs), self._length)
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -378,7 +377,7 @@ class PolicyAgent(ABC):
 
     def initial(self, n: int) -> State:
         """What is remembered before the first observation, as arrays."""
-        return mapped(lambda leaf: leaf.detach().cpu().numpy(), self.model.initial(n))
+        return to_numpy(self.model.initial(n))
 
     def act(self, obs: Any, first: np.ndarray, state: State, step: int) -> Decision:
         """Draw from the policy."""
@@ -438,8 +437,7 @@ class PolicyAgent(ABC):
 
     def _in_rows(self, parts: Any) -> Samples:
         """(T, N, ...) -> (B, ...), on the device."""
-        rows = mapped(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), parts)
-        return samples_of(to_device(rows, self.compute.device))
+        return samples_of(to_device(joined(parts), self.compute.device))
 
     def _in_sequences(self, parts: Any) -> Samples:
         """(T, N, ...) -> (M, L, ...) with M = K N, the memory before each from (K, N, ...) to (M, ...)."""
@@ -453,20 +451,18 @@ class PolicyAgent(ABC):
             return apart.reshape(-1, *apart.shape[2:])
 
         (obs, first, state), *rest = parts
-        before = mapped(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), state)
-        inputs = (mapped(cut, obs), cut(first), before)
+        inputs = (mapped(cut, obs), cut(first), joined(state))
         shown, *others = to_device((inputs, *map(cut, rest)), self.compute.device)
         return Samples(Inputs(*shown), *others)
 
     def _judged(self, obs: Any) -> np.ndarray:
         """Values (B,) of all observations (T, N, *S) of a rollout, some at a time."""
-        rows = mapped(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), obs)
-        found, count = [], len(next(leaves(rows))[1])
+        seen, found = joined(obs), []
         with self.compute.acting():
-            for start in range(0, count, PORTION):
-                part = mapped(lambda leaf, start=start: leaf[start : start + PORTION], rows)
+            for start in range(0, rows(seen), PORTION):
+                part = mapped(lambda leaf, start=start: leaf[start : start + PORTION], seen)
                 value = self._actor.values_of(Inputs(to_device(part, self.compute.device)))
-                found.append(value.cpu().numpy())
+                found.append(to_numpy(value))
         return np.concatenate(found)
 
     def _forward(
@@ -480,14 +476,14 @@ class PolicyAgent(ABC):
             p, value = self._quick(obs, judge)
         elif not judge:
             with self.compute.acting():
-                p = self._actor.parameters_of(Inputs(to_device(obs, self.compute.device))).cpu().numpy()
+                p = to_numpy(self._actor.parameters_of(Inputs(to_device(obs, self.compute.device))))
             value = NOTHING
         else:
             if first is None and self.model.memory:
-                first = np.zeros(len(next(leaves(obs))[1]), bool)
+                first = np.zeros(rows(obs), bool)
             shown = Inputs(*to_device((obs, () if first is None else first, state), self.compute.device))
             with self.compute.acting():
-                p, value, state = mapped(lambda leaf: leaf.cpu().numpy(), self._actor.step(shown))
+                p, value, state = to_numpy(self._actor.step(shown))
         if not np.isfinite(p).all():
             raise RunFailed(self._diagnosis())
         return p, value, state

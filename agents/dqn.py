@@ -45,7 +45,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -60,13 +60,13 @@ from agents.distributions import masked
 from agents.heads import DUELING, NOISY, QHead
 from agents.optimizers import Adam, learned
 from backbones.base import Backbone
-from backbones.compute import Compute, copy_weights, guarded_compile, to_device
+from backbones.compute import Compute, copy_weights, guarded_compile, to_device, to_numpy
 from backbones.dense import Quick
 from envs.mask import MASK, is_masked
 from replay import Batch, Decision, Sequences, Update
 from replay.priority import Priority
 from replay.tree import leaves, mapped
-from runs.config import Knob, UserError, check, needed
+from runs.config import Knob, UserError, check, configured, needed
 
 KINDS = ("off", "c51", "quantile")
 DOUBLE = ("off", "online", "twin")
@@ -303,8 +303,7 @@ class DQN:
 
         Raises: UserError for an unknown knob or a value out of range.
         """
-        check(Config, knobs)
-        self.config = replace(config or Config(), **knobs)
+        self.config = configured(Config, config, knobs)
         self.backbone, self.net = backbone, net or {}
         self.updates = 0
 
@@ -418,7 +417,7 @@ class DQN:
 
     def initial(self, n: int) -> State:
         """See `Agent.initial`."""
-        return mapped(_numpy, self._actor.backbone.initial(n))
+        return to_numpy(self._actor.backbone.initial(n))
 
     def act(self, obs: Any, first: np.ndarray, state: State, step: int) -> Decision:
         """Epsilon-greedy; noisy layers draw new noise for each step."""
@@ -458,7 +457,7 @@ class DQN:
             return self._quick(obs)
         with self.compute.acting():
             seen = to_device(obs, self.compute.device)
-            return self._q(self._actor(seen), seen).cpu().numpy()
+            return to_numpy(self._q(self._actor(seen), seen))
 
     def _recall(self, obs: Any, first: np.ndarray | None, state: State) -> tuple[np.ndarray, State]:
         """Q(s, .) (N, A) of observations (N, *S) after what is remembered; and what is remembered then."""
@@ -466,7 +465,7 @@ class DQN:
         with self.compute.acting():
             seen, begins = to_device(obs, device), None if first is None else to_device(first, device)
             out, state = self._actor.unroll(seen, to_device(state, device), begins)
-            return self._q(out, seen).cpu().numpy(), mapped(_numpy, state)
+            return to_numpy((self._q(out, seen), state))
 
     def _q(self, out: Tensor, obs: Any) -> Tensor:
         """Q(s, .) (B, A) of the head's output for obs, with forbidden actions out of reach."""
@@ -672,10 +671,6 @@ class DQN:
         """Everything random, by its name in a checkpoint."""
         streams = {"exploration": self._rng, "noise": self._noise, "coin": self._coin}
         return {name: stream for name, stream in streams.items() if stream is not None}
-
-
-def _numpy(leaf: Tensor) -> np.ndarray:
-    return leaf.detach().cpu().numpy()
 
 
 def _split(tree: Any, size: int, axis: int) -> Sequence[Any]:

@@ -32,7 +32,7 @@ from agents.actor import ActorConfig, PolicyAgent, Samples
 from agents.optimizers import Adam, Optimizer, learned
 from agents.ppo import normalized, value_loss
 from replay import Episodes, Rollout, Rollouts
-from replay.tree import leaves
+from replay.tree import rows
 from runs.config import Knob, UserError, needed
 
 BASELINES = ("none", "average", "learned")
@@ -95,7 +95,7 @@ class REINFORCE(PolicyAgent):
 
     def memory(self, like: Any) -> Rollouts:
         """See `PolicyAgent.memory`."""
-        num_envs = len(next(leaves(like))[1])
+        num_envs = rows(like)
         return Episodes(self.config.episodes, like, self.initial(num_envs))
 
     @property

@@ -37,9 +37,9 @@ from agents.dqn import QNet, td_loss
 from agents.optimizers import Adam, learned
 from agents.tables import Table
 from agents.values import EpsilonGreedy, Holder
-from backbones.compute import Compute, guarded_compile, to_device
+from backbones.compute import Compute, guarded_compile, to_device, to_numpy
 from replay import Five, Rollout, Rollouts, Update
-from replay.tree import leaves, mapped
+from replay.tree import mapped, rows
 from runs.config import Knob, UserError, check
 
 REMEMBERED = 32  # steps of a rollout for a net with memory, unless another number is asked for
@@ -112,7 +112,7 @@ class Net:
         if self._quick is not None and len(obs) <= self._quick.rows:
             return self._quick(obs)
         with self.compute.acting():
-            return self.net(to_device(obs, self.compute.device)).cpu().numpy()
+            return to_numpy(self.net(to_device(obs, self.compute.device)))
 
     def unroll(self, obs: Any, first: np.ndarray | None, state: State) -> tuple[np.ndarray, State]:
         """Q(s, .) of observations (N, *S) or (T, N, *S) after what is remembered; and what is remembered then."""
@@ -120,7 +120,7 @@ class Net:
         with self.compute.acting():
             begins = None if first is None else to_device(first, device)
             out, state = self.net.unroll(to_device(obs, device), to_device(state, device), begins)
-            return out.cpu().numpy(), mapped(lambda leaf: leaf.cpu().numpy(), state)
+            return to_numpy((out, state))
 
     def learn(self, obs: Any, action: np.ndarray, target: np.ndarray, *memory: Any) -> dict[str, Tensor]:
         """Loss, gradient and one step of Adam.
@@ -201,7 +201,7 @@ class SARSA(EpsilonGreedy):
         """See `Agent.initial`."""
         if self._remembers is None:
             return ()
-        return mapped(lambda leaf: leaf.detach().cpu().numpy(), self._remembers.net.backbone.initial(n))
+        return to_numpy(self._remembers.net.backbone.initial(n))
 
     def recall(self, obs: Any, first: np.ndarray | None, state: State) -> tuple[np.ndarray, State]:
         """See `EpsilonGreedy.recall`."""
@@ -216,7 +216,7 @@ class SARSA(EpsilonGreedy):
     def memory(self, like: Any) -> Rollouts:
         """So many steps, and the action after them."""
         length = self.config.rollout or (1 if self._remembers is None else REMEMBERED)
-        return Rollouts(length, like, self.initial(len(next(leaves(like))[1])))
+        return Rollouts(length, like, self.initial(rows(like)))
 
     def update(self, batch: Rollout, steps: int = 1) -> Update:
         """Learn from every step of every environment.

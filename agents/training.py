@@ -27,7 +27,7 @@ from agents.evaluate import Evaluator
 from agents.loop import off_policy, on_policy
 from agents.tables import Table
 from agents.watch import Stop, Watch
-from backbones.compute import ComputeConfig, choose
+from backbones.compute import Compute, ComputeConfig, choose
 from envs import Collector, EnvConfig
 from envs.atari import is_atari, protocol
 from replay import Ring, SequenceRing
@@ -149,9 +149,9 @@ def resolve(
     for key in asked.keys() - known.keys() - {"agent", "preset"}:
         net = f"{merged['backbone']} above {merged['encoder']}" if "encoder" in merged else merged["backbone"]
         raise UserError(f"unknown setting {key!r} for {agent} on {net}.{nearest(key, known)}")
-    for key in (
-        chosen.keys() - known.keys()
-    ):  # knobs of the preset's backbone, where another one was asked for
+    # knobs of the preset's backbone, where another one was asked for
+    forgets = {"sequence", "burn_in"} if merged["backbone"] in backbones.FEEDFORWARD else set()
+    for key in chosen.keys() - (known.keys() - forgets) - asked.keys():
         del merged[key]
     resolved = {"agent": agent, "preset": name, **known, **merged}
     for schedule in ("lr", "clip"):
@@ -284,6 +284,16 @@ def resume(
     return _train(agent, settings, chosen, start, say, begun)
 
 
+def _computing(agent: Agent, backbone: str, env: Any, chosen: Parts, say: Callable[[str], None]) -> Compute:
+    """Device, precision, threads and compilation for this run. Raises: UserError for what cannot be compiled."""
+    updates = chosen.agent.rounds(chosen.run.steps, chosen.run.num_envs)
+    if _remembers(backbone, agent):  # such a pass is cut up as episodes happen to end: no graph fits the next
+        if chosen.compute.compile == "on":
+            raise UserError(f"--compile on: updates of a backbone with memory ({backbone}) are not compiled")
+        updates = 0
+    return choose(chosen.compute, image=_sees_image(env), wide=wide(chosen.net), updates=updates, say=say)
+
+
 def _compare(path: str | Path, strict: bool, say: Callable[[str], None], differences: list[str]) -> None:
     """Name what can change bits; refuse it if `strict`."""
     if strict and differences:
@@ -314,17 +324,7 @@ def _train(
     env = envs.make(config.env, config.num_envs, config.seed, chosen.env, **how)
     say(envs.describe(env))
     say(f"preset {settings['preset']}; backbone {settings['backbone']}")
-    updates = chosen.agent.rounds(config.steps, config.num_envs)
-    if _remembers(
-        settings["backbone"], agent
-    ):  # such a pass is cut up as episodes happen to end: no graph fits the next
-        if chosen.compute.compile == "on":
-            raise UserError(
-                f"--compile on: updates of a backbone with memory ({settings['backbone']}) are not compiled"
-            )
-        updates = 0
-    seen = dict(image=_sees_image(env), wide=wide(chosen.net))
-    compute = choose(chosen.compute, **seen, updates=updates, say=say)
+    compute = _computing(agent, settings["backbone"], env, chosen, say)
     agent.build(env.single_observation_space, env.single_action_space, compute, of_agent, say)
     # the emulator of a single game takes more from the learning threads than the overlap gives back
     overlap = config.num_envs > 1 or compute.device != "cpu"
@@ -346,12 +346,7 @@ def _train(
             agent, collector, memory, run, panel, stop, evaluator, envs.frame_skip(env), config, begun
         )
         if state is not None:
-            try:
-                watch.restore(state)
-            except (LookupError, TypeError, ValueError, RuntimeError) as error:
-                raise UserError(
-                    f"the checkpoint in {run.path} does not fit its config.json: {error}"
-                ) from None
+            _restore(watch, state)
         drive = off_policy if off else on_policy
         step = drive(agent, collector, memory, watch, config.steps, step)
         seconds, rates = watch.seconds, watch.rates(step)
@@ -372,6 +367,14 @@ def _train(
         }
         _finish(run, facts, watch.saved)
     return Result(run.path, agent, facts, stop.signal, watch.saved)
+
+
+def _restore(watch: Watch, state: dict[str, Any]) -> None:
+    """Raises: UserError if the state does not fit the settings."""
+    try:
+        watch.restore(state)
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the checkpoint in {watch.run.path} does not fit its config.json: {error}") from None
 
 
 def _finish(run: Run, facts: dict[str, Any], saved: int | None) -> None:

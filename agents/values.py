@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +15,7 @@ from backbones.base import Backbone
 from backbones.compute import Compute
 from envs.mask import MASK, is_masked
 from replay import Decision
-from runs.config import check
+from runs.config import configured
 
 
 class Holder(Protocol):
@@ -74,8 +73,7 @@ class EpsilonGreedy(ABC):
 
         Raises: UserError for an unknown knob or a value out of range.
         """
-        check(self.Config, knobs)
-        self.config = replace(config or self.Config(), **knobs)
+        self.config = configured(self.Config, config, knobs)
         self.backbone, self.net = backbone, net or {}
         self.updates = 0
 

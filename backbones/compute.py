@@ -111,6 +111,15 @@ def to_device(part: Any, device: str) -> Any:
     return torch.as_tensor(part).to(device, non_blocking=True)
 
 
+def to_numpy(part: Any) -> Any:
+    """Tensors (or dicts and tuples of them) as arrays, without a copy on the CPU."""
+    if isinstance(part, dict):
+        return {name: to_numpy(leaf) for name, leaf in part.items()}
+    if isinstance(part, tuple):
+        return tuple(to_numpy(leaf) for leaf in part)
+    return part.detach().cpu().numpy()
+
+
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module, part: float = 1.0) -> None:
     """Move the weights of `target` that part of the way to those of `source`; all the way is exact."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import torch
+from torch import Tensor
 
 WIDTH = 16  # children of a node: a wide tree is shallow, and numpy pays by the level
 EPSILON = 1e-6  # no sample is lost for good
@@ -128,6 +130,19 @@ class Preferred:
         """Take back what `state_dict` gave."""
         self.tree.refill(state["priority"])
         self.highest[...] = state["highest"]
+
+
+def importance(preferred: Preferred | None, index: np.ndarray, parts: int, step: int) -> Tensor:
+    """Importance weights (B,) of entries drawn for `parts` batches; 1 where none is preferred."""
+    if preferred is None:
+        return torch.ones(len(index))
+    return torch.from_numpy(preferred.weights(index, parts, step))
+
+
+def follow(preferred: Preferred | None, index: Tensor, error: Tensor | None) -> None:
+    """Set priorities by the |errors| (B,) of samples since they were drawn; nothing where none is preferred."""
+    if preferred is not None and error is not None:
+        preferred.update(index.numpy(), error.cpu().numpy())
 
 
 def weights(priority: np.ndarray, beta: float) -> np.ndarray:

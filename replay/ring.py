@@ -18,7 +18,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from replay.priority import Preferred, Priority
+from replay.priority import Preferred, Priority, follow, importance
 from replay.types import Batch, Transition
 from runs.streams import pack, unpack
 
@@ -165,14 +165,13 @@ class Ring:
             reward=torch.from_numpy(reward),
             next_obs=next_obs,
             discount=torch.from_numpy(discount),
-            weight=self._weights(index, parts),
+            weight=importance(self.preferred, index, parts, self.added),
             index=torch.from_numpy(index),
         )
 
     def update_priority(self, index: Tensor, error: Tensor | None) -> None:
         """Set the priorities of samples by their |errors| (B,) since they were drawn; nothing in a uniform replay."""
-        if self.preferred is not None and error is not None:
-            self.preferred.update(index.numpy(), error.cpu().numpy())
+        follow(self.preferred, index, error)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Every array that decides what will be sampled, the generator too; views, frames in blocks.
@@ -317,12 +316,6 @@ class Ring:
         lane, offset = slot // self.slots, slot % self.slots
         count = self._count[lane]
         return lane, count - 1 - (count - 1 - offset) % self.slots  # the newest position in this slot
-
-    def _weights(self, index: np.ndarray, parts: int) -> Tensor:
-        """Importance weights (B,) of slots drawn for `parts` batches; 1 for uniform sampling."""
-        if self.preferred is None:
-            return torch.ones(len(index))
-        return torch.from_numpy(self.preferred.weights(index, parts, self.added))
 
     def _draw_any(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
         """Uniform over all starts; a FINAL slot is drawn again."""

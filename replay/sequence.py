@@ -22,7 +22,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from replay.priority import Preferred, Priority
+from replay.priority import Preferred, Priority, follow, importance
 from replay.ring import BLOCK, Ring
 from replay.tree import mapped
 from replay.types import Sequences, Transition
@@ -140,14 +140,13 @@ class SequenceRing:
             successor=torch.arange(self.length)[:, None] + (self.burn_in + taken),
             discount=discount,
             acted=acted,
-            weight=self._weights(index, parts),
+            weight=importance(self.preferred, index, parts, self.added),
             index=torch.from_numpy(index),
         )
 
     def update_priority(self, index: Tensor, error: Tensor | None) -> None:
         """Set the priorities of sequences by their errors (B,) since they were drawn; nothing in a uniform replay."""
-        if self.preferred is not None and error is not None:
-            self.preferred.update(index.numpy(), error.cpu().numpy())
+        follow(self.preferred, index, error)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """See `Ring.state_dict`; what was remembered comes in blocks, too."""
@@ -209,11 +208,6 @@ class SequenceRing:
         chosen = self.ring.rng.integers(ends[-1], size=count)
         lane = np.searchsorted(ends, chosen, side="right")
         return lane, chosen - (ends - high)[lane]
-
-    def _weights(self, index: np.ndarray, parts: int) -> Tensor:
-        if self.preferred is None:
-            return torch.ones(len(index))
-        return torch.from_numpy(self.preferred.weights(index, parts, self.added))
 
     def _prefer(self, preferred: Preferred, before: np.ndarray, now: np.ndarray) -> None:
         """Sequences that leave the window lose their priority; those that enter it get the highest."""

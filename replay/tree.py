@@ -20,6 +20,16 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield path, tree
 
 
+def rows(tree: Any) -> int:
+    """How many rows the leaves have."""
+    return len(next(leaves(tree))[1])
+
+
+def joined(tree: Any) -> Any:
+    """Leaves (T, N, ...) as (T N, ...)."""
+    return mapped(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
+
+
 def filled(tree: Any, values: Iterator[Any]) -> Any:
     """The shape of `tree` with other leaves, in the order of `leaves`."""
     if isinstance(tree, dict):

@@ -17,7 +17,9 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+C = TypeVar("C", bound=Any)  # a class of knobs
 
 
 class UserError(ValueError):
@@ -94,6 +96,12 @@ def check(owner: Callable[..., Any], values: Mapping[str, Any]) -> None:
         if name not in known:
             raise UserError(f"unknown setting {name!r}.{nearest(name, known)}")
         _check_value(known[name], value)
+
+
+def configured(kind: type[C], given: C | None, knobs: Mapping[str, Any]) -> C:
+    """`given`, or else the defaults of `kind`, changed by `knobs`. Raises: UserError as `check` does."""
+    check(kind, knobs)
+    return dataclasses.replace(given or kind(), **knobs)
 
 
 def needed(config: Any, parts: Mapping[str, tuple[bool, tuple[str, ...]]]) -> None:
