@@ -86,6 +86,9 @@ SARSA = MANY | dict(num_envs=1_024, steps=8_000_000, lr=0.1, epsilon_end=0.01, e
 SMALL = dict(hidden=(64, 64), activation="tanh")
 NORMALIZE = dict(normalize_obs=True, normalize_reward=True)
 ZOO = "the zoo's published settings"
+# a memory in place of what is hidden
+REMEMBERS = dict(backbone="lstm", width=64, hidden=(64,))
+HIDDEN = "velocities are hidden, so it remembers; found here"
 BASELINES = "the settings of OpenAI Baselines for MuJoCo, with a step size that falls"
 
 
@@ -229,8 +232,19 @@ PRESETS = {
         SMALL
         | NORMALIZE
         | _falling(150_000, 2e-3, num_envs=8, rollout=128, batch=256)
-        | dict(backbone="lstm", width=64, hidden=(64,), sequence=64, eval_every=25_000),
-        "found here, on seed 11: velocities are hidden, so it remembers",
+        | REMEMBERS
+        | dict(sequence=64, eval_every=25_000),
+        HIDDEN,
+    ),
+    "ppo-pendulum-novel": Preset(
+        "ppo",
+        ("chordate/PendulumNoVel-v*",),
+        SMALL
+        | NORMALIZE
+        | _falling(300_000, 1e-3, num_envs=4, rollout=512, gamma=0.97)
+        | REMEMBERS
+        | dict(sequence=64),
+        HIDDEN,
     ),
     "ppo-acrobot": Preset(
         "ppo",
@@ -306,6 +320,12 @@ PRESETS = {
         "Schulman et al. 2017, table 5, as the zoo has it",
     ),
     "a2c-cartpole": Preset("a2c", ("CartPole-v*",), SMALL | _falling(500_000, 7e-4, num_envs=8), ZOO),
+    "a2c-cartpole-novel": Preset(
+        "a2c",
+        ("chordate/CartPoleNoVel-v*",),
+        SMALL | NORMALIZE | _falling(500_000, 1e-3, num_envs=8, rollout=16) | REMEMBERS,
+        HIDDEN,
+    ),
     "a2c-acrobot": Preset(
         "a2c",
         ("Acrobot-v*", "MountainCar-v*"),
@@ -342,6 +362,15 @@ PRESETS = {
         SMALL | dict(steps=100_000, num_envs=2, rollout=512, lam=0.98, epochs=20, eval_every=20_000),
         ZOO,
     ),
+    "trpo-cartpole-novel": Preset(
+        "trpo",
+        ("chordate/CartPoleNoVel-v*",),
+        SMALL
+        | NORMALIZE
+        | dict(steps=150_000, num_envs=4, rollout=512, sequence=64, cg_steps=25, epochs=20, eval_every=25_000)
+        | REMEMBERS,
+        HIDDEN,
+    ),
     "trpo-acrobot": Preset(
         "trpo",
         ("Acrobot-v*", "MountainCar-v*"),
@@ -360,9 +389,9 @@ PRESETS = {
         "trpo",
         ("LunarLander*",),
         SMALL
-        | dict(steps=500_000, num_envs=4, rollout=512, lam=0.98, epochs=20, eval_every=50_000)
-        | dict(gamma=0.995),
-        ZOO + ", for longer",
+        | dict(steps=1_500_000, num_envs=16, rollout=128, lam=0.98, epochs=20, eval_every=150_000)
+        | dict(gamma=0.999),
+        "the zoo's, with ppo's environments and discount: half the steps would do",
     ),
     "trpo-mujoco": Preset(
         "trpo",
@@ -374,6 +403,12 @@ PRESETS = {
     ),
     "reinforce-cartpole": Preset(
         "reinforce", ("CartPole-v*", "Acrobot-v*"), SMALL | _falling(500_000, 3e-3, num_envs=8), "found here"
+    ),
+    "reinforce-cartpole-novel": Preset(
+        "reinforce",
+        ("chordate/CartPoleNoVel-v*",),
+        SMALL | _falling(500_000, 3e-3, num_envs=8) | REMEMBERS,
+        HIDDEN,
     ),
     "reinforce-mujoco": Preset(
         "reinforce",
