@@ -29,7 +29,8 @@ class Transformer(Backbone):
         x = x + MHA(norm(x));  x = x + FF(norm(x))      in each of L layers, with a norm at the end
         head = softmax(Q K^T / sqrt(d) + b) V           of H heads of d = D / H numbers
 
-    Positions: `relative`, b learned by head and distance (Raffel et al. 2020, without buckets); `sinusoidal`, of the
+    Positions: `relative`, b learned by head and distance (Raffel et al. 2020, without buckets), at first falling with
+    the distance as in ALiBi: were it zero, a new net could not tell the last step from the first; `sinusoidal`, of the
     step in the episode, added to x at the bottom (Vaswani et al. 2017); `learned`, a table of K rows in its place, read
     in a circle, so that no two steps within the context share one. With `gate` the residual sums become gates.
     State: keys and values of the last K - 1 steps (B, L, 2, K - 1, D), and the age (B,) of the next step. They cross
@@ -66,7 +67,7 @@ class Transformer(Backbone):
         self.layers = nn.ModuleList(_Layer(width, heads, gate) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         if positions == "relative":
-            self.table = nn.Parameter(torch.zeros(heads, context))
+            self.table = nn.Parameter(near(heads, context))
         if positions == "learned":
             self.table = nn.Parameter(0.02 * torch.randn(context, width))
 
@@ -210,6 +211,15 @@ class Gate(nn.Module):
         x_r, x_z = self.of_x(x).chunk(2, -1)
         r, z = (y_r + x_r).sigmoid(), (y_z + x_z - self.bias).sigmoid()
         return (1 - z) * x + z * (y_h + self.of_reset(r * x)).tanh()
+
+
+def near(heads: int, context: int) -> Tensor:
+    """-m_h i (H, K) of heads h = 1 .. H and distances i = 0 .. K - 1, with m_h = 2^(-8 h / H).
+
+    Source: Press et al. 2022, arXiv 2108.12409 (ALiBi), section 3.
+    """
+    slopes = 2.0 ** (-8 / heads * torch.arange(1, heads + 1))
+    return -slopes[:, None] * torch.arange(context)
 
 
 def sinusoids(age: Tensor, width: int) -> Tensor:

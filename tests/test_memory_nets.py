@@ -15,10 +15,23 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from backbones import CNN, FEEDFORWARD, GRU, LSTM, MEMORY, MLP, RNN, Backbone, Transformer, Window, build
+from backbones import (
+    CNN,
+    FEEDFORWARD,
+    GRU,
+    LSTM,
+    MEMORY,
+    MLP,
+    RNN,
+    Backbone,
+    Transformer,
+    Window,
+    build,
+    starts,
+)
 from backbones.memory import ages
 from backbones.recurrent import GOLDEN, lstm_cell, normal, pieces, splitmix
-from backbones.transformer import Gate, sinusoids
+from backbones.transformer import Gate, near, sinusoids
 from runs.config import UserError
 from tests.test_backbones import complaint, each, observe
 
@@ -587,6 +600,34 @@ def test_sinusoids_by_hand() -> None:
     expected = [[0, 0, 1, 1], [math.sin(3), math.sin(0.03), math.cos(3), math.cos(0.03)]]
     torch.testing.assert_close(found, torch.tensor(expected))
     assert sinusoids(torch.tensor([1_000_000]), 5).shape == (1, 5)
+
+
+def test_a_new_net_looks_near() -> None:
+    """ALiBi's slopes for two heads, and that a net begins with them: the newest step weighs most."""
+    torch.testing.assert_close(near(2, 3), torch.tensor([[0, -1 / 16, -2 / 16], [0, -1 / 256, -2 / 256]]))
+    net = Transformer((3,), width=8, heads=2, context=4, layers=1, hidden=(4,))
+    nn.init.zeros_(net.layers[0].query.weight)  # type: ignore[union-attr]  # a _Layer
+    nn.init.zeros_(net.layers[0].query.bias)  # type: ignore[union-attr]
+    weights = net.attention(torch.randn(4, 1, 3))[-1, 0, 0]  # (H, K)
+    torch.testing.assert_close(weights, near(2, 4).softmax(1))
+
+
+def test_starts_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The experiment in small: the same seed gives the same bits; a net that starts anywhere needs no reset."""
+    monkeypatch.setattr(starts, "UPDATES", 300)
+    monkeypatch.setattr(starts, "SEEDS", range(1))
+    assert starts.main(["--out", str(tmp_path)]) == 0
+    header, *rows = (tmp_path / "starts.csv").read_text().splitlines()
+    first = dict(zip(header.split(","), map(float, rows[0].split(",")), strict=True))
+    assert len(rows) == starts.STEPS and (tmp_path / "starts.png").stat().st_size > 10_000
+    assert first["normal no reset"] < 0.7 * min(first["zero no reset"], first["learned no reset"])
+    assert first["normal reset"] > first["zero reset"]
+    again = starts.errors(starts.trained("zero", 0), reset=True)
+    assert f"{again[0]:.6f}" == f"{first['zero reset']:.6f}"
+    capsys.readouterr()
+    (tmp_path / "file").touch()
+    assert starts.main(["--out", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.startswith("error: cannot write to")
 
 
 def test_positions_matter() -> None:
