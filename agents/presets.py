@@ -98,8 +98,6 @@ def _falling(steps: int, lr: float, **more: Any) -> dict[str, Any]:
 
 
 MUJOCO = ("HalfCheetah-v*", "Hopper-v*", "Walker2d-v*", "Ant-v*", "Swimmer-v*", "Humanoid-v*")
-# what the zoo's search found for MuJoCo has in common: a narrow policy at first, small steps, a wider net
-TUNED = dict(steps=1_000_000, rollout=512, eval_every=100_000, log_std=-2.0, orthogonal=False) | NORMALIZE
 GAMES = ("ALE/*", "*NoFrameskip-v*")
 ATARI_GRADIENT = dict(clip_reward=True, separate=False, entropy=0.01, eval_every=500_000)
 LAKE = dict(eval_episodes=1_000, final_episodes=10_000)  # an episode wins or not: a mean needs many
@@ -284,25 +282,10 @@ PRESETS = {
     "ppo-halfcheetah": Preset(
         "ppo",
         ("HalfCheetah-v*",),
-        TUNED
+        NORMALIZE
+        | dict(steps=1_000_000, rollout=512, eval_every=100_000, log_std=-2.0, orthogonal=False)
         | dict(lr=2.0633e-5, gamma=0.98, lam=0.92, clip=0.1, epochs=20, entropy=4e-4, max_grad_norm=0.8)
         | dict(value_weight=1.16),
-        ZOO,
-    ),
-    "ppo-hopper": Preset(
-        "ppo",
-        ("Hopper-v*",),
-        TUNED
-        | dict(lr=9.8e-5, batch=32, gamma=0.999, lam=0.99, epochs=5, entropy=2.3e-3, max_grad_norm=0.7)
-        | dict(value_weight=1.67),
-        ZOO,
-    ),
-    "ppo-walker2d": Preset(
-        "ppo",
-        ("Walker2d-v*",),
-        TUNED
-        | dict(lr=5.05e-5, batch=32, clip=0.1, epochs=20, entropy=5.9e-4, max_grad_norm=1.0)
-        | dict(value_weight=1.74),
         ZOO,
     ),
     "ppo-mujoco": Preset(

@@ -147,7 +147,7 @@ def test_remembers_what_it_saw(name: str, net: str) -> None:
         "reinforce": dict(episodes=16, lr=3e-3, value_lr=1e-2, value_epochs=5),
         "a2c": dict(lr=5e-3, rollout=12, optimizer="adam"),
         "trpo": dict(rollout=24, batch=96, delta=0.05, lr=1e-2, epochs=4),
-        "ppo": dict(rollout=24, batch=96, epochs=8, lr=5e-3),
+        "ppo": dict(rollout=24, batch=96, epochs=8, lr=2e-3, entropy=0.02),
     }
     net_knobs: dict[str, Any] = {"width": 32} | (
         {"heads": 2, "layers": 1, "context": 8} if net == "transformer" else {}
