@@ -376,6 +376,15 @@ PRESETS = {
         | dict(gamma=0.999),
         "the zoo's, with ppo's environments and discount: half the steps would do",
     ),
+    "trpo-hopper": Preset(
+        "trpo",
+        ("Hopper-v*",),
+        SMALL
+        | NORMALIZE
+        | dict(steps=1_000_000, num_envs=4, rollout=512, cg_steps=25, epochs=20, eval_every=100_000)
+        | dict(gamma=0.995, lam=0.97),
+        "the zoo's, looking further ahead",
+    ),
     "trpo-mujoco": Preset(
         "trpo",
         (*MUJOCO, "MountainCarContinuous-v*"),
