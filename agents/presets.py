@@ -294,6 +294,14 @@ PRESETS = {
         SMALL | NORMALIZE | _falling(1_000_000, 3e-4, num_envs=8, rollout=256),
         BASELINES,
     ),
+    "ppo-pong": Preset(
+        "ppo",
+        ("PongNoFrameskip-v*", "ALE/Pong-v*"),
+        ATARI_GRADIENT
+        | dict(size=42, net="light", norm=True)
+        | _falling(4_000_000, 5e-4, num_envs=16, rollout=128, epochs=3, batch=256),
+        PONG_WHY,
+    ),
     "ppo-atari": Preset(
         "ppo",
         GAMES,
