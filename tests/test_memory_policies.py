@@ -12,8 +12,6 @@ from torch import Tensor
 
 from agents import load
 from agents.actor import PolicyAgent, Samples
-from agents.evaluate import Evaluator
-from envs import EnvConfig
 from replay import Decision, Rollout, Transition
 from runs import UserError
 from tests.tools import CPU, VECTOR, acted, digest
@@ -136,27 +134,6 @@ def test_gradients_are_those_of_one_step_after_the_other(name: str) -> None:
         loss = loss + (p.square().sum(1) * advantage[:, t] + value.square()).sum()
     for found, expected in zip(whole, torch.autograd.grad(loss, list(agent.model.parameters())), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@every_agent
-@pytest.mark.parametrize("net", ["lstm", "transformer"])
-def test_remembers_what_it_saw(name: str, net: str) -> None:
-    """A cue in the first observation is asked for after some blank ones."""
-    env_id = "chordate/Memory-v0"
-    quick: dict[str, dict[str, Any]] = {
-        "reinforce": dict(episodes=16, lr=3e-3, value_lr=1e-2, value_epochs=5),
-        "a2c": dict(lr=5e-3, rollout=12, optimizer="adam"),
-        "trpo": dict(rollout=24, batch=96, delta=0.05, lr=1e-2, epochs=4),
-        "ppo": dict(rollout=24, batch=96, epochs=8, lr=2e-3, entropy=0.02),
-    }
-    net_knobs: dict[str, Any] = {"width": 32} | (
-        {"heads": 2, "layers": 1, "context": 8} if net == "transformer" else {}
-    )
-    agent, _ = acted(name, env_id, 15_000, num_envs=16, backbone=net, net=net_knobs, **quick[name])
-    evaluator = Evaluator(env_id, EnvConfig(), 16, seed=9)
-    found = [episode.return_ for episode in evaluator.episodes(agent)]
-    evaluator.close()
-    assert np.mean(found) == 1.0
 
 
 def test_sequences_have_to_fit() -> None:

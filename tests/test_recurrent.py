@@ -343,30 +343,6 @@ def test_sarsa_remembers_a_cue(backbone: str, solved: bool) -> None:
     assert late(watch) > 0.95 if solved else abs(late(watch, 400)) < 0.3
 
 
-@pytest.mark.parametrize("net", ["lstm", "transformer"])
-@pytest.mark.parametrize("name", ["dqn", "sarsa"])
-def test_the_shipped_memories_remember_a_cue(name: str, net: str) -> None:
-    """Evaluated without exploring, as a run is."""
-    small: dict[str, Any] = {"width": 32, "encoder": "mlp", "hidden": (16,)}
-    small |= {"heads": 2, "layers": 1, "context": 8} if net == "transformer" else {}
-    ways: dict[str, Any] = {
-        "dqn": DQN(
-            backbone=net,
-            net=small,
-            **{k: v for k, v in QUICK.items() if k != "num_envs"},
-            sequence=14,
-            burn_in=2,
-        ),
-        "sarsa": SARSA(backbone=net, net=small, lr=2e-3, rollout=12, gamma=0.9, epsilon_steps=25_000),
-    }
-    agent = ways[name]
-    tabular(agent, MEMORY, 3_000 if name == "dqn" else 30_000, num_envs=4 if name == "dqn" else 8)
-    evaluator = Evaluator(MEMORY, EnvConfig(), 16, seed=9)
-    found = [episode.return_ for episode in evaluator.episodes(agent)]
-    evaluator.close()
-    assert np.mean(found) == 1.0
-
-
 @pytest.mark.parametrize(
     "parts",
     [
