@@ -21,9 +21,11 @@ from envs.diagnostic import Memory, memory_obs
 from tests.tools import acted, tabular
 
 # steps of training; gradients fade on their way through an LSTM: they need more samples where the cue is far
-POLICY = {1: 8_000, 8: 60_000, 32: 200_000}
 STEPS = {
-    **dict.fromkeys(("reinforce", "a2c", "trpo", "ppo"), POLICY),
+    "reinforce": {1: 8_000, 8: 60_000, 32: 800_000},
+    "a2c": {1: 8_000, 8: 60_000, 32: 200_000},
+    "trpo": {1: 8_000, 8: 60_000, 32: 400_000},
+    "ppo": {1: 8_000, 8: 60_000, 32: 300_000},
     "dqn": {1: 2_000, 8: 4_000, 32: 20_000},
     "sarsa": {1: 10_000, 8: 60_000, 32: 300_000},
 }
@@ -40,10 +42,11 @@ def agent_after(name: str, net: str | Backbone, k: int, knobs: dict[str, Any], s
     """An agent that was trained for so many steps."""
     length = 2 * (k + 1)  # of a sequence: two whole episodes
     ways: dict[str, dict[str, Any]] = {
-        "reinforce": dict(episodes=16, lr=5e-3, baseline="average", entropy=0.02),
+        "reinforce": dict(episodes=16, lr=5e-3, gamma=0.5, baseline="average", entropy=0.02),
         "a2c": dict(lr=3e-3, rollout=length, optimizer="adam", entropy=0.02),
         "trpo": dict(rollout=length, batch=16 * length, delta=0.05, lr=1e-2, epochs=4),
-        "ppo": dict(rollout=max(length, 32), batch=4 * max(length, 32), epochs=4, lr=1e-3, entropy=0.02),
+        "ppo": dict(rollout=max(length, 32), batch=2 * length * {1: 16, 8: 4, 32: 1}[k])
+        | dict(epochs=4, lr=2e-3 if k == 32 else 1e-3, entropy=0.02),
         "dqn": dict(learning_starts=200, train_every=8, batch=16, lr=3e-3, target_every=25, capacity=4_000)
         | dict(gamma=0.9, epsilon_steps=2_000, epsilon_end=0.0)
         | ({"sequence": length, "burn_in": 2} if knobs.get("width") else {}),
