@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import backbones
 from agents import returns
-from agents.base import State, linear
+from agents.base import State, fits, linear
 from agents.distributions import masked, of_space
 from agents.heads import SPREADS, PolicyHead, ValueHead
 from agents.normalize import ObsNormalizer, RewardScaler
@@ -200,16 +200,24 @@ def _through(backbone: Backbone, inputs: Inputs) -> tuple[Tensor, State]:
     return features.transpose(0, 1).flatten(0, 1), state
 
 
-def sequence(config: Any, memory: bool) -> int:
+def sequence(config: Any, model: ActorCritic) -> int:
     """Steps of one sequence that a net with memory learns from: as many as divide both rollout and batch.
 
-    Raises: UserError if `--sequence` does not, or there is no memory.
+    Raises: UserError if `--sequence` does not, is more than a transformer sees, or there is no memory; if no number
+    but 1 divides both.
     """
-    rollout, batch, steps = config.rollout, config.batch, config.sequence
+    rollout, batch, steps, reach = config.rollout, config.batch, config.sequence, model.backbone.reach
     if steps is None:
-        return math.gcd(rollout, batch)
-    if not memory:
+        most = math.gcd(rollout, batch)
+        steps = max(n for n in range(1, most + 1) if most % n == 0 and n <= (reach or most))
+        if model.memory and steps == 1 < rollout:
+            raise UserError(
+                f"nothing but 1 divides --rollout {rollout} and --batch {batch}: memory would not learn through time"
+            )
+        return steps
+    if not model.memory:
         raise UserError("--sequence has no effect without memory: it belongs to backbones that have one")
+    fits(model.backbone, steps)
     if rollout % steps or batch % steps:
         raise UserError(f"--sequence {steps} must divide --rollout {rollout} and --batch {batch}")
     return steps

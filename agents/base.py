@@ -11,6 +11,7 @@ from torch import Tensor
 
 import backbones
 from agents.distributions import of_space
+from backbones.base import Backbone
 from backbones.compute import Compute
 from replay import Decision, Update
 from runs.config import UserError
@@ -112,6 +113,12 @@ def default_backbone(allowed: tuple[str, ...], space: spaces.Space[Any]) -> str:
     if "table" in allowed and (whole or len(allowed) == 1):
         return "table"
     return backbones.default(space)
+
+
+def fits(backbone: Backbone, steps: int) -> None:
+    """Raises: UserError if the backbone looks at fewer steps than `--sequence`."""
+    if backbone.reach is not None and backbone.reach < steps:
+        raise UserError(f"--context {backbone.reach} must be at least --sequence {steps}")
 
 
 def linear(start: float, end: float, steps: int, step: int) -> float:

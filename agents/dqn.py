@@ -55,7 +55,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 import backbones
-from agents.base import State, epsilon_greedy, falling_epsilon, numbered
+from agents.base import State, epsilon_greedy, falling_epsilon, fits, numbered
 from agents.distributions import masked
 from agents.heads import DUELING, NOISY, QHead
 from agents.optimizers import Adam, learned
@@ -335,6 +335,8 @@ class DQN:
         self.memory = self.online.backbone.memory
         if not self.memory:
             self._refuse("sequence", "burn_in")
+        else:
+            fits(self.online.backbone, config.sequence)
         if config.epsilon_start == config.epsilon_end == 0 and config.noisy == "off":
             say("after --learning-starts nothing explores: epsilon is 0 and there is no noise")
         self._support = torch.linspace(config.v_min, config.v_max, config.atoms, device=compute.device)

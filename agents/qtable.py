@@ -89,7 +89,8 @@ class QTable(EpsilonGreedy):
     ) -> Table:
         """A table, and nothing else."""
         if self.backbone not in ("", *self.backbones):
-            raise UserError(f"qtable runs on a table; on {self.backbone} Q-learning is called dqn")
+            name = self.backbone if isinstance(self.backbone, str) else type(self.backbone).__name__
+            raise UserError(f"qtable runs on a table; on {name} Q-learning is called dqn")
         return Table(observation_space, self.actions, self.config.lr, **self.net)
 
     def exploration(self, step: int) -> float:

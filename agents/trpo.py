@@ -25,6 +25,7 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agents.actor import ActorConfig, Inputs, PolicyAgent, Samples, minibatches, rounds, sequence
 from agents.distributions import Distribution
@@ -172,12 +173,14 @@ class TRPO(PolicyAgent):
     @property
     def sequence(self) -> int:
         """See `PolicyAgent.sequence`."""
-        return sequence(self.config, self.model.memory)
+        return sequence(self.config, self.model)
 
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """One natural step of the policy, several passes of the critic."""
         self.compute.learning()
-        metrics = self._improve(samples.joined)
+        # the gradient's gradient: torch's fused attention and cuDNN's recurrent nets have none
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+            metrics = self._improve(samples.joined)
         return metrics | {"loss/value": self._value(samples)}
 
     def _improve(self, samples: Samples) -> dict[str, Tensor]:

@@ -248,7 +248,8 @@ class Watch:
             "evaluation": self.evaluation,
         }
         kept = {}
-        if self.config.save_replay:
+        # rollouts are small, and begin within episodes
+        if self.config.save_replay or self.agent.loop == "on_policy":
             kept["replay"] = self.replay.state_dict()
         if self.decision is not None:
             kept["loop"] = pack(self.decision)

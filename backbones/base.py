@@ -27,6 +27,11 @@ class Backbone(nn.Module, ABC):
     features: int  # F
     memory = False  # whether a state is carried from step to step
 
+    @property
+    def reach(self) -> int | None:
+        """The most steps that it looks at, the present one among them; None: no such limit."""
+        return None
+
     def initial(self, n: int) -> State:
         """The state of `n` environments before their first observation.
 

@@ -34,7 +34,8 @@ class Transformer(Backbone):
     step in the episode, added to x at the bottom (Vaswani et al. 2017); `learned`, a table of K rows in its place, read
     in a circle, so that no two steps within the context share one. With `gate` the residual sums become gates.
     State: keys and values of the last K - 1 steps (B, L, 2, K - 1, D), and the age (B,) of the next step. They cross
-    from one pass to the next; those of former episodes are masked.
+    from one pass to the next; those of former episodes are masked. A pass goes through in blocks of K steps, each of
+    which looks at 2 K - 1: its cost is linear in T.
     Shapes: obs (B, *S) or (T, B, *S) -> (B, D) or (T, B, D). T may exceed K.
     Raises: UserError if the heads do not divide the width.
     Source: the course notes, 5.3; Parisotto et al. 2019, arXiv 1910.06764 (memory, gate).
@@ -71,6 +72,11 @@ class Transformer(Backbone):
         if positions == "learned":
             self.table = nn.Parameter(0.02 * torch.randn(context, width))
 
+    @property
+    def reach(self) -> int:
+        """K, of each layer."""
+        return self.context
+
     def initial(self, n: int) -> State:
         """See `Backbone.initial`."""
         device = self.embed.weight.device
@@ -80,7 +86,7 @@ class Transformer(Backbone):
     def forward(self, obs: Any, state: State = (), first: Tensor | None = None) -> tuple[Tensor, State]:
         """See `Backbone.forward`."""
         run = self._run(obs, state, first)
-        y = self.norm(run.inputs[-1]).transpose(0, 1)  # (T, B, D)
+        y = self.norm(run.inputs[-1][:, : run.steps]).transpose(0, 1)  # (T, B, D)
         past = torch.cat([run.past, torch.stack(run.new, 1)], 3)[:, :, :, len(y) :]
         return (y[0] if run.single else y), (past, run.age + 1)
 
@@ -93,10 +99,11 @@ class Transformer(Backbone):
         found = zip(self.layers, run.inputs, run.past.unbind(1), strict=False)
         with full_precision(run.bias):
             weights = [layer.weights(x, past, run.bias) for layer, x, past in found]  # type: ignore[operator]  # _Layer
-        weights = torch.stack(weights, 1)  # (B, L, H, T, K - 1 + T)
+        weights = torch.stack(weights, 2)  # (B, n, L, H, Q, K - 1 + Q)
         shape, device = weights.shape, weights.device
-        place = torch.arange(shape[3], device=device)[:, None] + torch.arange(k - 1, -1, -1, device=device)
-        weights = weights.gather(4, place.expand(*shape[:4], k)).permute(3, 0, 1, 2, 4)
+        place = torch.arange(shape[4], device=device)[:, None] + torch.arange(k - 1, -1, -1, device=device)
+        weights = weights.gather(5, place.expand(*shape[:5], k)).permute(1, 4, 0, 2, 3, 5)
+        weights = weights.flatten(0, 1)[: run.steps]
         return weights[0] if run.single else weights
 
     def maps(self, obs: Tensor, names: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -114,13 +121,16 @@ class Transformer(Backbone):
                 age = before + torch.arange(len(x), device=x.device)[:, None]
             else:
                 age = ages(first, before)  # (T, B)
-            x, bias, new = self._placed(self.embed(x), age).transpose(0, 1), self._bias(age.T), []
-            inputs = [x]  # (B, T, D)
+            x, steps, new = self._placed(self.embed(x), age).transpose(0, 1), len(x), []
+            block = min(steps, self.context)
+            over = -steps % block  # steps that fill the last block up
+            bias = self._bias(F.pad(age.T, (0, over)).unflatten(1, (-1, block)))
+            inputs = [F.pad(x, (0, 0, 0, over))]
             for layer, cached in zip(self.layers, past.unbind(1), strict=True):
-                x, now = layer(x, cached, bias)
+                x, now = layer(inputs[-1], cached, bias)
                 inputs.append(x)
-                new.append(now)
-        return _Run(inputs, bias, past, new, age[-1], single)
+                new.append(now[:, :, :steps])
+        return _Run(inputs, bias, past, new, age[-1], steps, single)
 
     def _placed(self, x: Tensor, age: Tensor) -> Tensor:
         """x (T, B, D) and where each step stands in its episode."""
@@ -129,24 +139,25 @@ class Transformer(Backbone):
         return x + sinusoids(age, x.shape[2]) if self.positions == "sinusoidal" else x
 
     def _bias(self, age: Tensor) -> Tensor:
-        """What is added to the scores: age (B, T) -> (B, 1 or H, T, K - 1 + T), -inf where no look may go."""
-        past, steps = self.context - 1, age.shape[1]
+        """What is added to the scores: age (B, n, Q) -> (B, n, 1 or H, Q, K - 1 + Q), -inf where no look may go."""
+        past, steps = self.context - 1, age.shape[2]
         here, there = torch.arange(steps, device=age.device), torch.arange(past + steps, device=age.device)
-        back = past + here[:, None] - there  # (T, K - 1 + T) how many steps
-        seen = ((back >= 0) & (back <= past) & (back <= age[..., None]))[:, None]
+        back = past + here[:, None] - there  # (Q, K - 1 + Q) how many steps
+        seen = ((back >= 0) & (back <= past) & (back <= age[..., None]))[:, :, None]
         if self.positions != "relative":
             return torch.zeros(seen.shape, device=age.device).masked_fill(~seen, -math.inf)
-        return self.table[:, back.clamp(0, past)].masked_fill(~seen, -math.inf)  # (B, H, T, K - 1 + T)
+        return self.table[:, back.clamp(0, past)].masked_fill(~seen, -math.inf)
 
 
 class _Run(NamedTuple):
-    """What a pass leaves: the input of each layer and the output of the last, all (B, T, D), and what else went in."""
+    """What a pass in n blocks of Q steps leaves: what went into each layer and came out of the last, and the rest."""
 
-    inputs: list[Tensor]
+    inputs: list[Tensor]  # of (B, n Q, D), of which the first T steps count
     bias: Tensor
     past: Tensor  # (B, L, 2, K - 1, D)
     new: list[Tensor]  # L of (B, 2, T, D)
     age: Tensor  # (B,) at the last step
+    steps: int  # T
     single: bool
 
 
@@ -163,23 +174,26 @@ class _Layer(nn.Module):
         self.joins = nn.ModuleList([Gate(width) if gate else _Sum(), Gate(width) if gate else _Sum()])
 
     def forward(self, x: Tensor, past: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, D), past keys and values (B, 2, K - 1, D), bias -> x, the new keys and values (B, 2, T, D)."""
-        q, k, v, new = self._project(x, past)
-        y = F.scaled_dot_product_attention(q, k, v, bias)  # (B, H, T, d)
-        x = self.joins[0](x, self.out(y.transpose(1, 2).flatten(2)))
+        """x (B, n Q, D), past keys and values (B, 2, K - 1, D), bias -> x, the new keys and values (B, 2, n Q, D)."""
+        q, k, v, new = self._project(x, past, bias.shape[3])
+        q, k, v, bias = (part.flatten(0, 1) for part in (q, k, v, bias))
+        y = F.scaled_dot_product_attention(q, k, v, bias)  # (B n, H, Q, d)
+        x = self.joins[0](x, self.out(y.transpose(1, 2).reshape(x.shape)))
         return self.joins[1](x, self.dense(self.norms[1](x))), new
 
     def weights(self, x: Tensor, past: Tensor, bias: Tensor) -> Tensor:
-        """The attention in `forward`, (B, H, T, K - 1 + T)."""
-        q, k, _, _ = self._project(x, past)
-        return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3]) + bias).softmax(3)
+        """The attention in `forward`, (B, n, H, Q, K - 1 + Q)."""
+        q, k, _, _ = self._project(x, past, bias.shape[3])
+        return (q @ k.transpose(3, 4) / math.sqrt(q.shape[4]) + bias).softmax(4)
 
-    def _project(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys and values by head (B, H, ., d), and the new keys and values (B, 2, T, D)."""
+    def _project(self, x: Tensor, past: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries (B, n, H, Q, d), keys and values (B, n, H, K - 1 + Q, d), the new keys and values (B, 2, n Q, D)."""
         x = self.norms[0](x)
         new = self.key_value(x).unflatten(2, (2, -1)).transpose(1, 2)
-        k, v = torch.cat([past, new], 2).unflatten(3, (self.heads, -1)).transpose(2, 3).unbind(1)
-        return self.query(x).unflatten(2, (self.heads, -1)).transpose(1, 2), k, v, new
+        seen = torch.cat([past, new], 2).unfold(2, past.shape[2] + block, block)  # (B, 2, n, D, K - 1 + Q)
+        k, v = seen.unflatten(3, (self.heads, -1)).transpose(4, 5).unbind(1)
+        q = self.query(x).unflatten(1, (-1, block)).unflatten(3, (self.heads, -1)).transpose(2, 3)
+        return q, k, v, new
 
 
 class _Sum(nn.Module):

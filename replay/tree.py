@@ -27,7 +27,7 @@ def rows(tree: Any) -> int:
 
 def joined(tree: Any) -> Any:
     """Leaves (T, N, ...) as (T N, ...)."""
-    return mapped(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
+    return mapped(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), tree)
 
 
 def filled(tree: Any, values: Iterator[Any]) -> Any:

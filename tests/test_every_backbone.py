@@ -21,7 +21,7 @@ AGENTS = {
     "ppo": "--rollout 16 --batch 16",
 }
 OBSERVATIONS = {"vector": "CartPole-v1", "image": "chordate/CountingImage-v0"}
-SHORT = {"transformer": "--width 8 --heads 2 --context 4 --layers 1", "window": "--window 2"}
+SHORT = {"transformer": "--width 8 --heads 2 --context 8 --layers 1", "window": "--window 2"}
 NARROW = {"mlp": "--hidden 8", "cnn": "--net minatar --features 8"}
 
 

@@ -18,13 +18,15 @@ from tests.tools import CPU, VECTOR, acted, digest
 
 T, N = 12, 3
 AGENTS = ("reinforce", "a2c", "trpo", "ppo")
-NETS = ("window", "rnn", "gru", "lstm", "transformer")
+NETS = ("window", "window-1", "rnn", "gru", "lstm", "transformer", "transformer-learned")
 SMALL: dict[str, dict[str, Any]] = {
     "window": dict(window=3),
+    "window-1": dict(window=1),
     "rnn": dict(width=8),
     "gru": dict(width=8),
     "lstm": dict(width=8),
     "transformer": dict(width=8, heads=2, layers=2, context=5),
+    "transformer-learned": dict(width=8, heads=2, layers=2, context=5, positions="learned"),
 }
 every_agent = pytest.mark.parametrize("name", AGENTS)
 every_net = pytest.mark.parametrize("net", NETS)
@@ -32,7 +34,8 @@ every_net = pytest.mark.parametrize("net", NETS)
 
 def made(name: str, net: str, seed: int = 0, **knobs: Any) -> PolicyAgent:
     inner = {**SMALL[net], **knobs.pop("inner", {})}
-    agent = load(name)(backbone=net, net=inner, orthogonal=False, **knobs)
+    how: dict[str, Any] = {} if name == "dqn" else {"orthogonal": False}
+    agent = load(name)(backbone=net.split("-")[0], net=inner, **how, **knobs)
     agent.build(VECTOR, spaces.Discrete(3), CPU, np.random.SeedSequence(seed), print)
     return agent
 
@@ -77,13 +80,15 @@ def test_a_rollout_is_seen_again_as_it_was(net: str, separate: bool, sequence: i
     rollout, _ = lived(agent)
     assert rollout.truncated.any() and rollout.terminated.any()
     samples = agent.samples(rollout)
-    assert samples.action.shape[:2] == (T * N // (sequence or T), sequence or T)
+    length = sequence or (4 if "transformer" in net else T)  # no longer than its context of 5
+    assert samples.action.shape[:2] == (T * N // length, length)
     logp, value = again(agent, samples)
     joined = samples.joined
     np.testing.assert_allclose(logp, joined.logp, atol=2e-6)
     np.testing.assert_allclose(value, joined.value, atol=2e-6)
     forgotten = samples._replace(inputs=samples.inputs._replace(first=torch.ones_like(samples.inputs.first)))
-    assert not torch.allclose(again(agent, forgotten)[0], joined.logp, atol=1e-4)
+    same = torch.allclose(again(agent, forgotten)[0], joined.logp, atol=1e-4)
+    assert same == (net == "window-1")  # which sees the present alone
 
 
 @every_agent
@@ -107,8 +112,16 @@ def test_values_behind_the_rollout_know_what_came_before(name: str, net: str) ->
         expected = agent._forward(rollout.last_obs, no, decisions[-1].state)[1]
         found = agent._forward(rollout.last_obs, None, rollout.last_state)[1]
         np.testing.assert_allclose(found, expected, atol=1e-6)
-    else:  # rows of finished episodes only
-        assert len(rollout.cut_obs) == len(rollout.cut_state[0]) == rollout.truncated.sum()
+    else:  # one row of finished episodes: what is kept must be what a walk through each of them leaves
+        begins = np.flatnonzero(rollout.first[:, 0])
+        for row, t in enumerate(at):
+            state, first = agent.initial(1), np.ones(1, bool)
+            for step in range(begins[begins <= t][-1], t + 1):
+                state, first = agent._forward(rollout.obs[step], first, state)[2], np.zeros(1, bool)
+            expected = agent._forward(rollout.cut_obs[row : row + 1], first, state)[1]
+            kept = tuple(part[row : row + 1] for part in rollout.cut_state)
+            found = agent._forward(rollout.cut_obs[row : row + 1], None, kept)[1]
+            np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @every_agent
@@ -139,6 +152,13 @@ def test_gradients_are_those_of_one_step_after_the_other(name: str) -> None:
 def test_sequences_have_to_fit() -> None:
     with pytest.raises(UserError, match="--sequence 5 must divide --rollout 12"):
         made("ppo", "lstm", rollout=12, batch=12, sequence=5)
+    with pytest.raises(UserError, match="--context 5 must be at least --sequence 6"):
+        made("ppo", "transformer", rollout=12, batch=12, sequence=6)
+    assert made("ppo", "transformer", rollout=12, batch=12).sequence == 4  # by itself as long as it can be
+    with pytest.raises(UserError, match="nothing but 1 divides --rollout 25 and --batch 24"):
+        made("ppo", "lstm", rollout=25, batch=24)
+    with pytest.raises(UserError, match="--context 5 must be at least --sequence 8"):
+        made("dqn", "transformer", sequence=8, burn_in=2)
     with pytest.raises(UserError, match="--sequence has no effect without memory"):
         agent = load("ppo")(backbone="mlp", sequence=4, rollout=12, batch=12)
         agent.build(VECTOR, spaces.Discrete(3), CPU, np.random.SeedSequence(0), print)

@@ -126,23 +126,12 @@ def test_memory_goes_on_to_the_bit(tmp_path, monkeypatch, make, env, settings, k
     assert state["counters"]["updates"] > 0 and state["loop"]["state.0"].any()
 
 
-NETS = {
+NETS: dict[str, dict[str, object]] = {
     "lstm": dict(width=8, start="normal", encoder="mlp"),
     "gru": dict(width=8, start="learned"),
     "transformer": dict(width=8, heads=2, layers=1, context=5),
     "window": dict(window=3),
 }
-
-
-@pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("agent", ["dqn", "sarsa"])
-def test_every_memory_goes_on_to_the_bit(tmp_path, monkeypatch, agent, net):
-    own = OFF | {"num_envs": 2} if agent == "dqn" else {"rollout": 5, "num_envs": 2}
-    settings = {**RUN, **NETS[net], **own, "backbone": net}
-    assert_same_run(
-        *interrupted(monkeypatch, tmp_path, "CartPole-v1", 150, agent=agent, small={}, **settings)
-    )
-    assert "state.0" in Run.open(tmp_path / "other").load("latest")["loop"]
 
 
 ACTORS = {
@@ -151,6 +140,19 @@ ACTORS = {
     "trpo": dict(rollout=10, batch=5, epochs=2),
     "ppo": dict(rollout=10, batch=5, epochs=2),
 }
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("agent", ["dqn", "sarsa", *ACTORS])
+def test_every_memory_goes_on_to_the_bit(tmp_path, monkeypatch, agent, net):
+    """Killed within a rollout and within episodes; those of the counting environment are truncated."""
+    own = {"dqn": OFF, "sarsa": dict(rollout=5), **ACTORS}[agent] | {"num_envs": 2}
+    settings = {**RUN, **NETS[net], **own, "backbone": net}
+    env_id = "CartPole-v1" if agent in ("dqn", "a2c", "ppo") else "chordate/CountingTruncated-v0"
+    assert_same_run(*interrupted(monkeypatch, tmp_path, env_id, 150, agent=agent, small={}, **settings))
+    assert "state.0" in Run.open(tmp_path / "other").load("latest")["loop"]
+
+
 NORMAL = dict(normalize_obs=True, normalize_reward=True)
 
 
