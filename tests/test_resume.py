@@ -146,9 +146,7 @@ ACTORS = {
 @pytest.mark.parametrize("agent", ["dqn", "sarsa", *ACTORS])
 def test_every_memory_goes_on_to_the_bit(tmp_path, monkeypatch, agent, net):
     """Killed within a rollout and within episodes; those of the counting environment are truncated."""
-    own = {"dqn": OFF, "sarsa": dict(rollout=5), **ACTORS}[agent] | {
-        "num_envs": 2
-    }
+    own = {"dqn": OFF, "sarsa": dict(rollout=5), **ACTORS}[agent] | {"num_envs": 2}
     settings = {**RUN, **NETS[net], **own, "backbone": net}
     env_id = "CartPole-v1" if agent in ("dqn", "a2c", "ppo") else "chordate/CountingTruncated-v0"
     assert_same_run(*interrupted(monkeypatch, tmp_path, env_id, 150, agent=agent, small={}, **settings))
