@@ -327,7 +327,9 @@ def test_a_program_that_forgets_to_close_ends_in_silence() -> None:
 
 def test_ctrl_c_is_left_to_the_parent():
     """A terminal sends it to all processes, those of the environments too."""
-    before = signal.getsignal(signal.SIGINT)  # a shell may have had it ignored in what it runs in the background
+    before = signal.getsignal(
+        signal.SIGINT
+    )  # a shell may have had it ignored in what it runs in the background
     env = make("CartPole-v1", 2, 0, vectorization="async")
     try:
         env.reset(seed=[0, 1])
