@@ -188,7 +188,7 @@ WORKS = {
         plain=PONG | QUIET | {"num_envs": 8} | PLAIN,
     ),
     "qtable-frozenlake": Work(
-        "FrozenLake-v1", 1, 1.0, LAKE | QUIET, ("sync", "table"), agent="qtable", threads=1
+        "FrozenLake-v1", 1, 0, LAKE | QUIET, ("sync", "table"), agent="qtable", threads=1
     ),
     # the peer is faster on one thread here, and with all other small nets
     "dqn-cartpole": Work("CartPole-v1", 1, 3.0, CARTPOLE | QUIET, threads=1, extra=ZOO),
