@@ -46,7 +46,8 @@ def agent_after(name: str, net: str | Backbone, k: int, knobs: dict[str, Any], s
         "a2c": dict(lr=3e-3, rollout=length, optimizer="adam", entropy=0.02),
         "trpo": dict(rollout=length, batch=16 * length, delta=0.05, lr=1e-2, epochs=4),
         "ppo": dict(rollout=max(length, 32), batch=2 * length * {1: 16, 8: 4, 32: 1}[k])
-        | dict(epochs=4, lr=2e-3 if k == 32 else 1e-3, entropy=0.02),
+        | dict(epochs=4, lr=2e-3 if k == 32 else 1e-3, entropy=0.02)
+        | (dict(batch=16 * length, epochs=8) if (net, k) == ("transformer", 32) else {}),
         "dqn": dict(learning_starts=200, train_every=8, batch=16, lr=3e-3, target_every=25, capacity=4_000)
         | dict(gamma=0.9, epsilon_steps=2_000, epsilon_end=0.0)
         | ({"sequence": length, "burn_in": 2} if knobs.get("width") else {}),
