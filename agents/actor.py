@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ from agents.normalize import ObsNormalizer, RewardScaler
 from agents.optimizers import Optimizer
 from backbones.base import Backbone
 from backbones.compute import Compute, copy_weights, guarded_compile, to_device, to_numpy
+from backbones.dense import Quick
 from envs.mask import MASK, is_masked
 from replay import Decision, Rollout, Rollouts, Update
 from replay.tree import joined, mapped, rows
@@ -166,26 +168,45 @@ class ActorCritic(nn.Module):
         """Observations as the backbones get them."""
         return obs if self.normalizer is None else self.normalizer(obs)
 
-    def quick(self) -> tuple[Callable[[np.ndarray, bool], tuple[np.ndarray, np.ndarray]], int] | None:
-        """`forward` in numpy for so many observations at most, where all parts have that form.
-
-        Only with `judge` it asks a critic of its own for the values, which are (0,) else.
-        """
+    def quick(self) -> QuickActorCritic | None:
+        """The same in numpy, where all parts have that form."""
         trunk, head, value = self.backbone.quick(), self.policy.quick(), self.value.quick()
         critic = trunk if self.critic is None else self.critic.quick()
         if trunk is None or head is None or value is None or critic is None:
             return None
-        seen = None if self.normalizer is None else self.normalizer.quick()
-        shared = self.critic is None
+        if self.normalizer is not None:
+            seen = self.normalizer.quick()
+            trunk, critic = seen.then(trunk), seen.then(critic)
+        return QuickActorCritic(trunk, None if self.critic is None else critic, head, value)
 
-        def run(obs: np.ndarray, judge: bool) -> tuple[np.ndarray, np.ndarray]:
-            x = obs if seen is None else seen(obs)
-            features = trunk(x)
-            if not judge and not shared:
-                return head(features), NOTHING
-            return head(features), value(features if shared else critic(x))[:, 0]
 
-        return run, min(part.rows for part in (trunk, critic, head, value))
+@dataclass(frozen=True)
+class QuickActorCritic:
+    """An `ActorCritic` in numpy, for at most `rows` observations (B, *S) at a time."""
+
+    backbone: Quick
+    critic: Quick | None
+    policy: Quick
+    value: Quick
+
+    def forward(self, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `ActorCritic.forward`."""
+        features = self.backbone(obs)
+        return self.policy(features), self.value(features if self.critic is None else self.critic(obs))[:, 0]
+
+    def parameters_of(self, obs: np.ndarray) -> np.ndarray:
+        """See `ActorCritic.parameters_of`."""
+        return self.policy(self.backbone(obs))
+
+    def values_of(self, obs: np.ndarray) -> np.ndarray:
+        """See `ActorCritic.values_of`."""
+        return self.value((self.backbone if self.critic is None else self.critic)(obs))[:, 0]
+
+    @cached_property
+    def rows(self) -> int:
+        """As many as every part takes."""
+        parts = (self.backbone, self.critic or self.backbone, self.policy, self.value)
+        return min(part.rows for part in parts)
 
 
 def _through(backbone: Backbone, inputs: Inputs) -> tuple[Tensor, State]:
@@ -303,8 +324,7 @@ class PolicyAgent(ABC):
         with torch.random.fork_rng(devices=[]):  # torch's initialisers take no generator
             torch.manual_seed(int(weights.generate_state(1, np.uint64)[0] >> 1))
             self.model = self._model(observation_space).to(compute.device)
-        quick = self.model.quick() if compute.device == "cpu" else None
-        self._quick, self._rows = quick or (None, 0)
+        self._quick = self.model.quick() if compute.device == "cpu" else None
         self._actor = self.model
         if compute.precision == "bf16" and self._quick is None and not self.model.memory:
             # holds, in bf16, what autocast would cast the weights to each time
@@ -391,9 +411,8 @@ class PolicyAgent(ABC):
         """Draw from the policy."""
         noise = self.distribution.noise(self._rng, len(first))
         p, value, state = self._forward(obs, first, state, judge=not self._late)
-        drawn, logp = self.distribution.draw(p, noise)
-        known = (logp if self.compares else None, None if self._late else value)
-        return Decision(self.distribution.action(drawn), state, drawn, *known)
+        drawn, logp = self.distribution.draw(p, noise, weigh=self.compares)
+        return Decision(self.distribution.action(drawn), state, drawn, logp, None if self._late else value)
 
     def greedy(self, obs: Any, first: np.ndarray, state: State) -> Decision:
         """The most probable action; of a Gaussian that of its mean, also where tanh moves the mode elsewhere."""
@@ -402,7 +421,7 @@ class PolicyAgent(ABC):
 
     def values(self, obs: Any, first: np.ndarray | None = None, state: State = ()) -> np.ndarray:
         """V(s) (N, 1) of numpy observations (N, *S)."""
-        return self._forward(obs, first, state)[1][:, None]
+        return self._valued(obs, first, state)[:, None]
 
     def probabilities(self, obs: Any, first: np.ndarray | None = None, state: State = ()) -> np.ndarray:
         """What `act` draws from, (N, A); (N, 0) where actions are not numbered."""
@@ -426,15 +445,15 @@ class PolicyAgent(ABC):
     def samples(self, rollout: Rollout) -> Samples:
         """The rollout with its advantages and returns, on the device."""
         if not rollout.value.size:
-            rollout = rollout._replace(value=self._judged(rollout.obs).reshape(rollout.reward.shape))
+            rollout = rollout._replace(value=self._valued(joined(rollout.obs)).reshape(rollout.reward.shape))
         ended = rollout.terminated | rollout.truncated
         reward = np.sign(rollout.reward) if self.config.clip_reward else rollout.reward
         if self._reward is not None:
             reward = self._reward(reward, ended)
         cut = np.zeros(0, np.float32)
         if rollout.truncated.any():
-            cut = self._forward(rollout.cut_obs, None, rollout.cut_state)[1]
-        last = self._forward(rollout.last_obs, None, rollout.last_state)[1]
+            cut = self._valued(rollout.cut_obs, None, rollout.cut_state)
+        last = self._valued(rollout.last_obs, None, rollout.last_state)
         next_value = returns.next_values(rollout.value, last, rollout.truncated, cut)
         advantage, return_ = self.estimate(rollout, reward, next_value)
         inputs = Inputs(rollout.obs)
@@ -463,14 +482,18 @@ class PolicyAgent(ABC):
         shown, *others = to_device((inputs, *map(cut, rest)), self.compute.device)
         return Samples(Inputs(*shown), *others)
 
-    def _judged(self, obs: Any) -> np.ndarray:
-        """Values (B,) of all observations (T, N, *S) of a rollout, some at a time."""
-        seen, found = joined(obs), []
+    def _valued(self, obs: Any, first: np.ndarray | None = None, state: State = ()) -> np.ndarray:
+        """V(s) (B,) of observations (B, *S), some at a time."""
+        count, found = rows(obs), []
+        if self._quick is not None and count <= self._quick.rows:
+            return self._quick.values_of(obs)
+        if first is None:
+            first = self._no_first(obs)
         with self.compute.acting():
-            for start in range(0, rows(seen), PORTION):
-                part = mapped(lambda leaf, start=start: leaf[start : start + PORTION], seen)
-                value = self._actor.values_of(Inputs(to_device(part, self.compute.device)))
-                found.append(to_numpy(value))
+            for start in range(0, count, PORTION):
+                part = mapped(lambda leaf, start=start: leaf[start : start + PORTION], (obs, first, state))
+                inputs = Inputs(*to_device(part, self.compute.device))
+                found.append(to_numpy(self._actor.values_of(inputs)))
         return np.concatenate(found)
 
     def _forward(
@@ -480,21 +503,27 @@ class PolicyAgent(ABC):
 
         Without `judge` a critic of its own is not asked, and the values are (0,).
         """
-        if self._quick is not None and len(obs) <= self._rows:
-            p, value = self._quick(obs, judge)
-        elif not judge:
-            with self.compute.acting():
-                p = to_numpy(self._actor.parameters_of(Inputs(to_device(obs, self.compute.device))))
-            value = NOTHING
+        value, quick = NOTHING, self._quick
+        if quick is not None and len(obs) <= quick.rows:
+            if judge:
+                p, value = quick.forward(obs)
+            else:
+                p = quick.parameters_of(obs)
         else:
-            if first is None and self.model.memory:
-                first = np.zeros(rows(obs), bool)
-            shown = Inputs(*to_device((obs, () if first is None else first, state), self.compute.device))
+            shown = (obs, self._no_first(obs) if first is None else first, state)
+            inputs = Inputs(*to_device(shown, self.compute.device))
             with self.compute.acting():
-                p, value, state = to_numpy(self._actor.step(shown))
+                if judge:
+                    p, value, state = to_numpy(self._actor.step(inputs))
+                else:
+                    p = to_numpy(self._actor.parameters_of(inputs))
         if not np.isfinite(p).all():
             raise RunFailed(self._diagnosis())
         return p, value, state
+
+    def _no_first(self, obs: Any) -> Any:
+        """That no episode begins at these observations, as nets with memory are told."""
+        return np.zeros(rows(obs), bool) if self.model.memory else ()
 
     def _diagnosis(self) -> str:
         for name, parameter in self.model.named_parameters():

@@ -50,8 +50,10 @@ class Distribution(Protocol):
         """What `count` samples are made of: (count, Q) float32."""
         ...
 
-    def draw(self, p: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Samples (B, K) from parameters (B, P) and noise (B, Q), and their `log_prob` (B,).
+    def draw(
+        self, p: np.ndarray, noise: np.ndarray, weigh: bool = True
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Samples (B, K) from parameters (B, P) and noise (B, Q), and if they are to `weigh` their `log_prob` (B,).
 
         In numpy, as `mode`: for the few rows of a step torch's dispatch costs more than the arithmetic.
         """
@@ -105,13 +107,15 @@ class Categorical:
         """Uniform in [0, 1)."""
         return rng.random((count, 1), np.float32)
 
-    def draw(self, p: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def draw(
+        self, p: np.ndarray, noise: np.ndarray, weigh: bool = True
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """The first action at which the cumulated probability exceeds that share of all of it."""
         p = p - p.max(1, keepdims=True)
         reached = np.exp(p).cumsum(1)
         total = reached[:, -1:]
         action = (reached <= noise * total).sum(1)  # (B,)
-        logp = p[np.arange(len(p)), action] - np.log(total[:, 0])
+        logp = p[np.arange(len(p)), action] - np.log(total[:, 0]) if weigh else None
         return action[:, None].astype(p.dtype), logp
 
     def mode(self, p: np.ndarray) -> np.ndarray:
@@ -167,10 +171,12 @@ class Bernoulli:
         """Uniform in [0, 1)."""
         return rng.random((count, self.width), np.float32)
 
-    def draw(self, p: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def draw(
+        self, p: np.ndarray, noise: np.ndarray, weigh: bool = True
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """1 where the noise is below the probability."""
         yes = noise < 0.5 + 0.5 * np.tanh(p / 2)
-        return yes.astype(p.dtype), -np.logaddexp(0, np.where(yes, -p, p)).sum(1)
+        return yes.astype(p.dtype), -np.logaddexp(0, np.where(yes, -p, p)).sum(1) if weigh else None
 
     def mode(self, p: np.ndarray) -> np.ndarray:
         """1 where that is more probable."""
@@ -245,11 +251,15 @@ class Gaussian:
         """Standard normal."""
         return rng.standard_normal((count, self.width), np.float32)
 
-    def draw(self, p: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def draw(
+        self, p: np.ndarray, noise: np.ndarray, weigh: bool = True
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """mean + spread * noise, before tanh."""
         mean, log_std = p[:, : self.width], p[:, self.width :]
         spread = np.exp(log_std)
         x = mean + spread * noise
+        if not weigh:
+            return x, None
         standard = (x - mean) / spread  # not the noise: x is rounded, and all that is kept of it
         density = -(0.5 * standard * standard + log_std).sum(1) - (HALF_LOG_2PI * self.width + self._scale)
         if self.squash:
@@ -325,11 +335,13 @@ class Product:
         """Theirs, side by side."""
         return np.concatenate([part.noise(rng, count) for part in self.parts], 1)
 
-    def draw(self, p: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def draw(
+        self, p: np.ndarray, noise: np.ndarray, weigh: bool = True
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Theirs, side by side, and the sum; each takes as much noise as its sample is wide."""
         split = zip(self.parts, self._apart(p), _cut(noise, self._widths), strict=True)
-        samples, logps = zip(*(part.draw(own, drawn) for part, own, drawn in split), strict=True)
-        return np.concatenate(samples, 1), np.sum(logps, 0)
+        samples, logps = zip(*(part.draw(own, drawn, weigh) for part, own, drawn in split), strict=True)
+        return np.concatenate(samples, 1), np.sum(logps, 0) if weigh else None
 
     def mode(self, p: np.ndarray) -> np.ndarray:
         """Theirs, side by side."""

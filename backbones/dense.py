@@ -11,7 +11,7 @@ from torch import Tensor, nn
 Step = Callable[[np.ndarray], np.ndarray]
 # multiplications up to which OpenBLAS stays on one thread; its second one would spin beside torch's
 SINGLE = 2**18
-MOST = 16  # observations: torch catches up
+MOST = 64  # observations: more are rarely asked for at once
 
 
 @dataclass(frozen=True)

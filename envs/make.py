@@ -11,6 +11,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
@@ -258,6 +259,17 @@ def _scalar(env_id: str, **keywords: Any) -> gymnasium.Env:
     return Masked(env) if masks(env) else env
 
 
+class LeftRight(spaces.MultiDiscrete):
+    """Its check of whole numbers, which is a third of the original's step otherwise, takes a sixth of the time."""
+
+    def contains(self, x: Any) -> bool:
+        """See `Space.contains`."""
+        if isinstance(x, np.ndarray) and x.dtype == np.int64 and x.shape == self.nvec.shape:
+            # read without a sign, a negative number is a huge one
+            return not np.count_nonzero(x.view(np.uint64) > 1)
+        return super().contains(x)
+
+
 class SameStepCartPole(VectorWrapper):
     """Gymnasium's vectorised CartPole, reset within the step that ended instead of in the one after.
 
@@ -268,6 +280,8 @@ class SameStepCartPole(VectorWrapper):
         """Wrap a CartPoleVectorEnv."""
         super().__init__(env)
         self.metadata = {**env.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+        base: Any = env.unwrapped
+        base.action_space = LeftRight(base.action_space.nvec)
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step all poles; those that ended start anew, and info["final_obs"] holds where they ended."""
