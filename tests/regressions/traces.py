@@ -16,6 +16,7 @@ from tests.tools import acted, tabular, trained
 
 FOLDER = Path(__file__).parent
 LAKE = "chordate/FrozenLakeDeterministic-v0"
+HIDDEN = "chordate/CartPoleNoVel-v1"
 LIGHT = {"net": "light", "features": 32, "norm": True}
 
 # name -> environment, steps and settings
@@ -31,6 +32,14 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
         dict(
             num_envs=2, env_config=EnvConfig(size=42), net=LIGHT, learning_starts=60, train_every=4, batch=16, lr=1e-3,
             n_step=2, target_every=10, capacity=1_000, clip_reward=True,
+        ),
+    ),
+    "dqn-lstm-cartpole": (
+        HIDDEN,
+        400,
+        dict(
+            num_envs=2, backbone="lstm", net={"width": 16}, learning_starts=100, train_every=8, batch=8, lr=1e-3,
+            n_step=2, target_every=10, sequence=12, burn_in=4, alpha=0.6,
         ),
     ),
 }  # fmt: skip
@@ -57,6 +66,12 @@ POLICIES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "ppo-cnn-pong": (
         "ppo", "ALE/Pong-v5", 160,
         dict(rollout=10, batch=20, epochs=2, separate=False, net=LIGHT, env_config=EnvConfig(size=42)),
+    ),
+    "ppo-lstm-cartpole": (
+        "ppo", HIDDEN, 400, dict(backbone="lstm", net={"width": 16}, rollout=20, batch=40, sequence=10, epochs=2),
+    ),
+    "a2c-transformer-cartpole": (
+        "a2c", HIDDEN, 400, dict(backbone="transformer", net={"width": 16, "heads": 2, "context": 8}),
     ),
 }  # fmt: skip
 METRICS = {"loss": "loss/td", "q": "q/mean", "target": "q/target", "grad_norm": "train/grad_norm"}
