@@ -334,6 +334,8 @@ class PolicyAgent(ABC):
                     trunk.to(torch.bfloat16)
         self._reward = RewardScaler(config.gamma) if config.normalize_reward else None
         self._length = self.sequence
+        if self.model.memory and getattr(config, "sequence", 0) is None:
+            say(f"memory learns through {self._length} steps at a time (--sequence)")
         # a critic of its own is asked when a rollout is whole: one pass costs less than one a step. Not for episodes,
         # which outlive the weights that they began with
         self._late = self.model.critic is not None and not self.model.memory and self._length > 0
