@@ -169,15 +169,15 @@ class ActorCritic(nn.Module):
         return obs if self.normalizer is None else self.normalizer(obs)
 
     def quick(self) -> QuickActorCritic | None:
-        """The same in numpy, where all parts have that form."""
+        """`forward`, `parameters_of` and `values_of` in numpy; None where a part has no such form."""
         trunk, head, value = self.backbone.quick(), self.policy.quick(), self.value.quick()
-        critic = trunk if self.critic is None else self.critic.quick()
-        if trunk is None or head is None or value is None or critic is None:
+        critic = None if self.critic is None else self.critic.quick()
+        if trunk is None or head is None or value is None or (critic is None) != (self.critic is None):
             return None
         if self.normalizer is not None:
             seen = self.normalizer.quick()
-            trunk, critic = seen.then(trunk), seen.then(critic)
-        return QuickActorCritic(trunk, None if self.critic is None else critic, head, value)
+            trunk, critic = seen.then(trunk), None if critic is None else seen.then(critic)
+        return QuickActorCritic(trunk, critic, head, value)
 
 
 @dataclass(frozen=True)
@@ -221,8 +221,8 @@ def _through(backbone: Backbone, inputs: Inputs) -> tuple[Tensor, State]:
     return features.transpose(0, 1).flatten(0, 1), state
 
 
-def sequence(config: Any, model: ActorCritic) -> int:
-    """Steps of one sequence that a net with memory learns from: as many as divide both rollout and batch.
+def sequence(config: Any, model: ActorCritic, say: Callable[[str], None]) -> int:
+    """Steps of one sequence that a net with memory learns from: by itself as many as divide both rollout and batch.
 
     Raises: UserError if `--sequence` does not, is more than a transformer sees, or there is no memory; if no number
     but 1 divides both.
@@ -235,6 +235,8 @@ def sequence(config: Any, model: ActorCritic) -> int:
             raise UserError(
                 f"nothing but 1 divides --rollout {rollout} and --batch {batch}: memory would not learn through time"
             )
+        if model.memory:
+            say(f"memory learns through {steps} steps at a time (--sequence)")
         return steps
     if not model.memory:
         raise UserError("--sequence has no effect without memory: it belongs to backbones that have one")
@@ -332,10 +334,9 @@ class PolicyAgent(ABC):
             for trunk in (self._actor.backbone, self._actor.critic):
                 if trunk is not None:
                     trunk.to(torch.bfloat16)
+            self._actor.normalizer = self.model.normalizer  # which learns by itself
         self._reward = RewardScaler(config.gamma) if config.normalize_reward else None
         self._length = self.sequence
-        if self.model.memory and getattr(config, "sequence", 0) is None:
-            say(f"memory learns through {self._length} steps at a time (--sequence)")
         # a critic of its own is asked when a rollout is whole: one pass costs less than one a step. Not for episodes,
         # which outlive the weights that they began with
         self._late = self.model.critic is not None and not self.model.memory and self._length > 0
@@ -413,7 +414,7 @@ class PolicyAgent(ABC):
         """Draw from the policy."""
         noise = self.distribution.noise(self._rng, len(first))
         p, value, state = self._forward(obs, first, state, judge=not self._late)
-        drawn, logp = self.distribution.draw(p, noise, weigh=self.compares)
+        drawn, logp = self.distribution.draw(p, noise, logp=self.compares)
         return Decision(self.distribution.action(drawn), state, drawn, logp, None if self._late else value)
 
     def greedy(self, obs: Any, first: np.ndarray, state: State) -> Decision:
@@ -423,7 +424,7 @@ class PolicyAgent(ABC):
 
     def values(self, obs: Any, first: np.ndarray | None = None, state: State = ()) -> np.ndarray:
         """V(s) (N, 1) of numpy observations (N, *S)."""
-        return self._valued(obs, first, state)[:, None]
+        return self._values(obs, first, state)[:, None]
 
     def probabilities(self, obs: Any, first: np.ndarray | None = None, state: State = ()) -> np.ndarray:
         """What `act` draws from, (N, A); (N, 0) where actions are not numbered."""
@@ -447,15 +448,15 @@ class PolicyAgent(ABC):
     def samples(self, rollout: Rollout) -> Samples:
         """The rollout with its advantages and returns, on the device."""
         if not rollout.value.size:
-            rollout = rollout._replace(value=self._valued(joined(rollout.obs)).reshape(rollout.reward.shape))
+            rollout = rollout._replace(value=self._values(joined(rollout.obs)).reshape(rollout.reward.shape))
         ended = rollout.terminated | rollout.truncated
         reward = np.sign(rollout.reward) if self.config.clip_reward else rollout.reward
         if self._reward is not None:
             reward = self._reward(reward, ended)
         cut = np.zeros(0, np.float32)
         if rollout.truncated.any():
-            cut = self._valued(rollout.cut_obs, None, rollout.cut_state)
-        last = self._valued(rollout.last_obs, None, rollout.last_state)
+            cut = self._values(rollout.cut_obs, None, rollout.cut_state)
+        last = self._values(rollout.last_obs, None, rollout.last_state)
         next_value = returns.next_values(rollout.value, last, rollout.truncated, cut)
         advantage, return_ = self.estimate(rollout, reward, next_value)
         inputs = Inputs(rollout.obs)
@@ -484,7 +485,7 @@ class PolicyAgent(ABC):
         shown, *others = to_device((inputs, *map(cut, rest)), self.compute.device)
         return Samples(Inputs(*shown), *others)
 
-    def _valued(self, obs: Any, first: np.ndarray | None = None, state: State = ()) -> np.ndarray:
+    def _values(self, obs: Any, first: np.ndarray | None = None, state: State = ()) -> np.ndarray:
         """V(s) (B,) of observations (B, *S), some at a time."""
         count, found = rows(obs), []
         if self._quick is not None and count <= self._quick.rows:
@@ -503,7 +504,7 @@ class PolicyAgent(ABC):
     ) -> tuple[np.ndarray, np.ndarray, State]:
         """Parameters (N, P) and values (N,) of observations (N, *S), and the memory after them; all of it arrays.
 
-        Without `judge` a critic of its own is not asked, and the values are (0,).
+        Without `judge`, which is for nets without memory, no critic is asked and the values are (0,).
         """
         value, quick = NOTHING, self._quick
         if quick is not None and len(obs) <= quick.rows:

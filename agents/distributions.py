@@ -51,9 +51,9 @@ class Distribution(Protocol):
         ...
 
     def draw(
-        self, p: np.ndarray, noise: np.ndarray, weigh: bool = True
+        self, p: np.ndarray, noise: np.ndarray, logp: bool = True
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Samples (B, K) from parameters (B, P) and noise (B, Q), and if they are to `weigh` their `log_prob` (B,).
+        """Samples (B, K) from parameters (B, P) and noise (B, Q), and their `log_prob` (B,); without `logp` None.
 
         In numpy, as `mode`: for the few rows of a step torch's dispatch costs more than the arithmetic.
         """
@@ -108,15 +108,15 @@ class Categorical:
         return rng.random((count, 1), np.float32)
 
     def draw(
-        self, p: np.ndarray, noise: np.ndarray, weigh: bool = True
+        self, p: np.ndarray, noise: np.ndarray, logp: bool = True
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """The first action at which the cumulated probability exceeds that share of all of it."""
         p = p - p.max(1, keepdims=True)
         reached = np.exp(p).cumsum(1)
         total = reached[:, -1:]
         action = (reached <= noise * total).sum(1)  # (B,)
-        logp = p[np.arange(len(p)), action] - np.log(total[:, 0]) if weigh else None
-        return action[:, None].astype(p.dtype), logp
+        drawn = action[:, None].astype(p.dtype)
+        return drawn, p[np.arange(len(p)), action] - np.log(total[:, 0]) if logp else None
 
     def mode(self, p: np.ndarray) -> np.ndarray:
         """The largest logit."""
@@ -172,11 +172,11 @@ class Bernoulli:
         return rng.random((count, self.width), np.float32)
 
     def draw(
-        self, p: np.ndarray, noise: np.ndarray, weigh: bool = True
+        self, p: np.ndarray, noise: np.ndarray, logp: bool = True
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """1 where the noise is below the probability."""
         yes = noise < 0.5 + 0.5 * np.tanh(p / 2)
-        return yes.astype(p.dtype), -np.logaddexp(0, np.where(yes, -p, p)).sum(1) if weigh else None
+        return yes.astype(p.dtype), -np.logaddexp(0, np.where(yes, -p, p)).sum(1) if logp else None
 
     def mode(self, p: np.ndarray) -> np.ndarray:
         """1 where that is more probable."""
@@ -252,13 +252,13 @@ class Gaussian:
         return rng.standard_normal((count, self.width), np.float32)
 
     def draw(
-        self, p: np.ndarray, noise: np.ndarray, weigh: bool = True
+        self, p: np.ndarray, noise: np.ndarray, logp: bool = True
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """mean + spread * noise, before tanh."""
         mean, log_std = p[:, : self.width], p[:, self.width :]
         spread = np.exp(log_std)
         x = mean + spread * noise
-        if not weigh:
+        if not logp:
             return x, None
         standard = (x - mean) / spread  # not the noise: x is rounded, and all that is kept of it
         density = -(0.5 * standard * standard + log_std).sum(1) - (HALF_LOG_2PI * self.width + self._scale)
@@ -336,12 +336,12 @@ class Product:
         return np.concatenate([part.noise(rng, count) for part in self.parts], 1)
 
     def draw(
-        self, p: np.ndarray, noise: np.ndarray, weigh: bool = True
+        self, p: np.ndarray, noise: np.ndarray, logp: bool = True
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Theirs, side by side, and the sum; each takes as much noise as its sample is wide."""
         split = zip(self.parts, self._apart(p), _cut(noise, self._widths), strict=True)
-        samples, logps = zip(*(part.draw(own, drawn, weigh) for part, own, drawn in split), strict=True)
-        return np.concatenate(samples, 1), np.sum(logps, 0) if weigh else None
+        samples, logps = zip(*(part.draw(own, drawn, logp) for part, own, drawn in split), strict=True)
+        return np.concatenate(samples, 1), np.sum(logps, 0) if logp else None
 
     def mode(self, p: np.ndarray) -> np.ndarray:
         """Theirs, side by side."""

@@ -107,7 +107,7 @@ class PPO(PolicyAgent):
     @property
     def sequence(self) -> int:
         """See `PolicyAgent.sequence`."""
-        return sequence(self.config, self.model)
+        return sequence(self.config, self.model, self._say)
 
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """Epochs of minibatches."""

@@ -149,8 +149,10 @@ def resolve(
     for key in asked.keys() - known.keys() - {"agent", "preset"}:
         net = f"{merged['backbone']} above {merged['encoder']}" if "encoder" in merged else merged["backbone"]
         raise UserError(f"unknown setting {key!r} for {agent} on {net}.{nearest(key, known)}")
-    # knobs of the preset's backbone, where another one was asked for
+    # knobs of the preset's backbone or distribution, where another one was asked for
     forgets = {"sequence", "burn_in"} if merged["backbone"] in backbones.FEEDFORWARD else set()
+    if merged.get("distributional") != chosen.get("distributional"):
+        forgets |= {"atoms", "v_min", "v_max"}
     for key in chosen.keys() - (known.keys() - forgets) - asked.keys():
         del merged[key]
     resolved = {"agent": agent, "preset": name, **known, **merged}
@@ -420,9 +422,9 @@ def restore(path: str | Path, which: str) -> tuple[Agent, dict[str, Any], EnvCon
     agent = load(settings["agent"])(chosen.agent, backbone=settings["backbone"], net=chosen.net)
     env = envs.make(chosen.run.env, 1, 0, chosen.env)
     asked = ComputeConfig(precision=settings["precision"], compile="off")
-    compute = choose(asked, image=_sees_image(env), wide=False, updates=0, say=lambda line: None)
+    compute = choose(asked, image=_sees_image(env), wide=False, updates=0, say=_silent)
     agent.build(
-        env.single_observation_space, env.single_action_space, compute, np.random.SeedSequence(0), print
+        env.single_observation_space, env.single_action_space, compute, np.random.SeedSequence(0), _silent
     )
     env.close()
     try:
@@ -482,6 +484,10 @@ def replay_of(agent: Any, env: Any, rng: np.random.Generator) -> Ring | Sequence
 def wide(net: Mapping[str, Any]) -> bool:
     """Whether a dense layer is so wide that a second thread pays; yes where a backbone has none to choose."""
     return max(net.get("hidden", (WIDE,)), default=0) >= WIDE
+
+
+def _silent(line: str) -> None:
+    """What was said when the run was made need not be said again."""
 
 
 def _free_memory() -> int | None:

@@ -173,7 +173,7 @@ class TRPO(PolicyAgent):
     @property
     def sequence(self) -> int:
         """See `PolicyAgent.sequence`."""
-        return sequence(self.config, self.model)
+        return sequence(self.config, self.model, self._say)
 
     def learn(self, samples: Samples) -> dict[str, Tensor]:
         """One natural step of the policy, several passes of the critic."""

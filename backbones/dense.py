@@ -1,4 +1,4 @@
-"""Dense nets in numpy, for a handful of observations: there torch's dispatch costs four times the arithmetic."""
+"""Dense nets in numpy, for few observations: there torch's dispatch costs up to four times the arithmetic."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 Step = Callable[[np.ndarray], np.ndarray]
 # multiplications up to which OpenBLAS stays on one thread; its second one would spin beside torch's
 SINGLE = 2**18
-MOST = 64  # observations: more are rarely asked for at once
+MOST = 64  # observations: with tanh torch needs three times as long, with ReLU 1.6, with LayerNorm as long
 
 
 @dataclass(frozen=True)

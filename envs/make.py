@@ -260,7 +260,11 @@ def _scalar(env_id: str, **keywords: Any) -> gymnasium.Env:
 
 
 class LeftRight(spaces.MultiDiscrete):
-    """Its check of whole numbers, which is a third of the original's step otherwise, takes a sixth of the time."""
+    """0 or 1 for each pole. The check of `MultiDiscrete` takes a third of a step, this one a sixth of that."""
+
+    def __init__(self, num_envs: int) -> None:
+        """For so many poles."""
+        super().__init__(np.full(num_envs, 2))
 
     def contains(self, x: Any) -> bool:
         """See `Space.contains`."""
@@ -281,7 +285,7 @@ class SameStepCartPole(VectorWrapper):
         super().__init__(env)
         self.metadata = {**env.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         base: Any = env.unwrapped
-        base.action_space = LeftRight(base.action_space.nvec)
+        base.action_space = LeftRight(env.num_envs)
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step all poles; those that ended start anew, and info["final_obs"] holds where they ended."""

@@ -84,6 +84,8 @@ def sample(dist: Distribution, p: Tensor, noise: Tensor) -> Tensor:
     exact = dist.log_prob(p.detach().double(), x.double()).numpy()
     within = 1e-9 if p.dtype == torch.float64 else 1e-5
     np.testing.assert_allclose(logp, exact, rtol=within, atol=within * max(1, x.shape[1]))
+    alone, nothing = dist.draw(p.detach().numpy(), noise.numpy(), logp=False)
+    assert nothing is None and np.array_equal(alone, x)
     return x
 
 

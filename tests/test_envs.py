@@ -8,16 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium.spaces import MultiDiscrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from envs import Collector, EnvConfig, describe, frame_skip, full_id, make
 from envs.atari import Atari, protocol
 from envs.collect import spread
-from envs.make import ENOUGH, SameStepCartPole, resolve
+from envs.make import ENOUGH, LeftRight, SameStepCartPole, resolve
 from runs.config import UserError
 
 
@@ -142,6 +144,30 @@ def test_which_kind_of_vector_env_is_chosen() -> None:
     env = make("Acrobot-v1", 2, vectorization="async")
     assert isinstance(env, AsyncVectorEnv)
     env.close()
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        np.array([0, 1, 1]),
+        np.array([0, -1, 1]),
+        np.array([2, 0, 0]),
+        np.array([np.iinfo(np.int64).min, 0, 0]),
+        np.array([0, 1, 1], np.int32),
+        np.array([0, 2, 1], np.int32),
+        np.array([0, 1, 1], np.uint64),
+        np.array([True, False, True]),
+        np.array([0.0, 1.0, 1.0]),
+        np.array([0, 1]),
+        np.array([[0, 1, 1]]),
+        np.arange(6)[::3] % 2,
+        np.array([0, 5, 1, 5, 0, 5])[::2],
+        [0, 1, 1],
+    ],
+    ids=str,
+)
+def test_the_quick_check_of_actions_says_what_the_original_says(action: Any) -> None:
+    assert LeftRight(3).contains(action) == MultiDiscrete([2, 2, 2]).contains(action)
 
 
 def test_describe_tells_the_protocol() -> None:

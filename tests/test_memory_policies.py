@@ -105,12 +105,11 @@ def test_values_behind_the_rollout_know_what_came_before(name: str, net: str) ->
         for row, (t, n) in enumerate(zip(at, of, strict=True)):
             whole = np.repeat(rollout.cut_obs[row : row + 1], N, 0)
             expected = agent._forward(whole, no, decisions[t].state)[1][n]
-            found = agent._forward(
-                rollout.cut_obs[row : row + 1], None, tuple(s[row : row + 1] for s in rollout.cut_state)
-            )[1]
+            kept = tuple(part[row : row + 1] for part in rollout.cut_state)
+            found = agent._values(rollout.cut_obs[row : row + 1], None, kept)
             assert found[0] == pytest.approx(expected, abs=1e-6)
         expected = agent._forward(rollout.last_obs, no, decisions[-1].state)[1]
-        found = agent._forward(rollout.last_obs, None, rollout.last_state)[1]
+        found = agent._values(rollout.last_obs, None, rollout.last_state)
         np.testing.assert_allclose(found, expected, atol=1e-6)
     else:  # one row of finished episodes: what is kept must be what a walk through each of them leaves
         begins = np.flatnonzero(rollout.first[:, 0])
@@ -120,7 +119,7 @@ def test_values_behind_the_rollout_know_what_came_before(name: str, net: str) ->
                 state, first = agent._forward(rollout.obs[step], first, state)[2], np.zeros(1, bool)
             expected = agent._forward(rollout.cut_obs[row : row + 1], first, state)[1]
             kept = tuple(part[row : row + 1] for part in rollout.cut_state)
-            found = agent._forward(rollout.cut_obs[row : row + 1], None, kept)[1]
+            found = agent._values(rollout.cut_obs[row : row + 1], None, kept)
             np.testing.assert_allclose(found, expected, atol=1e-6)
 
 

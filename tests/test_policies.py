@@ -12,8 +12,9 @@ import torch
 from gymnasium import spaces
 
 from agents import load
-from agents.actor import PolicyAgent
+from agents.actor import Inputs, PolicyAgent
 from agents.evaluate import Evaluator
+from backbones.compute import Compute
 from envs import EnvConfig
 from replay import Transition
 from runs import UserError
@@ -124,8 +125,38 @@ def test_values_of_a_whole_rollout_are_those_of_each_step(name: str) -> None:
         )
         decision = agent.act(obs[t + 1], no, (), 0)
     found = agent.samples(memory.take(obs[4], decision)).value
-    expected = np.concatenate([agent.values(one)[:, 0] for one in obs[:4]])
+    with torch.no_grad():  # not in numpy, as few observations are
+        expected = agent.model.values_of(Inputs(torch.from_numpy(obs[:4]).flatten(0, 1))).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("separate", [False, True])
+def test_few_observations_in_numpy_say_what_torch_says(separate: bool, normalize: bool) -> None:
+    agent = load("ppo")(net={"hidden": (8,)}, separate=separate, normalize_obs=normalize)
+    agent.build(VECTOR, spaces.Discrete(2), CPU, np.random.SeedSequence(0), print)
+    obs = np.random.default_rng(0).standard_normal((5, 3), np.float32) * 4
+    if normalize:
+        agent.model.normalizer.learn(obs[None])
+    quick, shown = agent.model.quick(), Inputs(torch.from_numpy(obs))
+    with torch.no_grad():
+        expected = [part.numpy() for part in agent.model(shown)]
+    for found in (quick.forward(obs), (quick.parameters_of(obs), quick.values_of(obs))):
+        for each, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(each, other, atol=2e-6)
+
+
+def test_a_policy_in_bf16_acts_on_observations_as_they_are_normalised_now() -> None:
+    agent, compute = (
+        load("ppo")(net={"activation": "gelu"}, normalize_obs=True),
+        Compute("cpu", "bf16", 1, False),
+    )
+    agent.build(VECTOR, spaces.Discrete(2), compute, np.random.SeedSequence(0), print)
+    obs = np.random.default_rng(0).standard_normal((5, 3), np.float32) * 4 + 9
+    agent.model.normalizer.learn(obs[None])
+    with torch.no_grad():
+        expected = agent.model.values_of(Inputs(torch.from_numpy(obs))).numpy()
+    np.testing.assert_allclose(agent.values(obs)[:, 0], expected, atol=0.03)
 
 
 # -- knobs and seeds -------------------------------------------------------------------------------------------------
