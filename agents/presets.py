@@ -267,9 +267,9 @@ PRESETS = {
         ("chordate/PendulumNoVel-v*",),
         SMALL
         | NORMALIZE
-        | _falling(600_000, 1e-3, num_envs=8, rollout=256, batch=128, gamma=0.97)
+        | _falling(300_000, 5e-4, num_envs=8, rollout=256, batch=128, gamma=0.95)
         | REMEMBERS
-        | dict(sequence=16, eval_every=50_000),  # short ones, so that a batch is of many
+        | dict(sequence=16),  # short ones, so that a batch is of many
         HIDDEN,
     ),
     "ppo-acrobot": Preset(
