@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -12,7 +14,7 @@ import pytest
 from gymnasium import spaces
 
 import envs
-from agents import evaluate, play
+from agents import evaluate, play, train
 from agents.evaluate import Evaluator, film, positive, shots
 from envs import EnvConfig
 from replay import Decision
@@ -170,3 +172,16 @@ def test_bad_counts_are_one_clear_line(text: str) -> None:
     parser.add_argument("--episodes", type=positive("--episodes"))
     with pytest.raises(UserError, match=f"^--episodes must be a whole number >= 1, got '{text}'$"):
         parser.read(["--episodes", text])
+
+
+def test_json_stands_alone_though_the_agent_has_things_to_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a run says when it is made, here how far memory learns back, is not said again."""
+    said: list[str] = []
+    how: Any = dict(backbone="lstm", width=8, rollout=16, batch=16, steps=32, final_episodes=1, video=False)
+    train("ppo", env="CartPole-v1", preset="none", run=str(tmp_path / "r"), say=said.append, **how)
+    assert any("memory learns through 16 steps" in line for line in said)
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path / "r"), "--episodes", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
