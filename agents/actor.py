@@ -200,7 +200,7 @@ class QuickActorCritic:
 
     def values_of(self, obs: np.ndarray) -> np.ndarray:
         """See `ActorCritic.values_of`."""
-        return self.value((self.backbone if self.critic is None else self.critic)(obs))[:, 0]
+        return self.value((self.critic or self.backbone)(obs))[:, 0]
 
     @cached_property
     def rows(self) -> int:

@@ -110,3 +110,13 @@ def test_an_encoder_object_needs_a_backbone_object() -> None:
     learner = PPO(backbone="lstm", net={"encoder": MLP((4,))})
     with pytest.raises(UserError, match="an encoder object belongs into a backbone object, of lstm"):
         train(learner, "CartPole-v1", steps=64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bounds"), [("c51", (0.0, 40.0)), ("quantile", (-10.0, 10.0)), ("off", (-10.0, 10.0))]
+)
+def test_knobs_of_a_presets_distribution_go_with_it(kind: str, bounds: tuple[float, float]) -> None:
+    """Else `--distributional off` would be refused in the name of a flag that nobody gave."""
+    given = {"env": "chordate/CartPoleNoVel-v1", "distributional": kind}
+    config = parts(resolve("dqn", given, {}, None, lambda line: None)).agent
+    assert (config.v_min, config.v_max) == bounds
